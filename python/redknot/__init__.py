@@ -1,0 +1,1 @@
+"""redknot: head-aware KV cache reuse, paged attention and sparse FFN."""
