@@ -1,0 +1,115 @@
+"""The page pool of one device: K and V page tensors and the allocator that owns their pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redknot import _memory, ops
+
+__all__ = ["KVPool", "bytes_per_page"]
+
+
+def bytes_per_page(page_size: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of one page: the K and the V of `page_size` slots of one KV head of one layer."""
+    return 2 * page_size * head_dim * dtype.itemsize
+
+
+class KVPool:
+    """A fixed budget of pages, shared by every layer, head, segment and session of a device.
+
+    Parameters
+    ----------
+    num_layers, num_kv_heads, head_dim : int
+        Shape of the model's KV cache.
+    num_pages : int
+        The whole budget; one page holds K and V of `page_size` tokens of one (layer, KV head).
+    page_size : int
+        Token slots per page.
+    dtype, device : torch.dtype, torch.device
+        Of the page tensors `k_cache`, `v_cache` [num_pages, page_size, head_dim].
+    poison_freed_pages : bool, optional
+        Fill freed pages with NaN (CPU only); by default as the extension was built.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        num_pages: int,
+        page_size: int = 64,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        poison_freed_pages: bool | None = None,
+    ) -> None:
+        self.page_size = page_size
+        self.num_kv_heads = num_kv_heads
+        self.device = torch.device(device)
+        self.k_cache = torch.empty(
+            (num_pages, page_size, head_dim), dtype=dtype, device=self.device
+        )
+        self.v_cache = torch.empty_like(self.k_cache)
+        storage = []
+        if self.device.type == "cpu":
+            page_bytes = page_size * head_dim * dtype.itemsize
+            storage = [(t.data_ptr(), page_bytes, page_bytes) for t in (self.k_cache, self.v_cache)]
+        self.allocator = _memory.SegmentAllocator(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            num_pages=num_pages,
+            page_size=page_size,
+            bytes_per_page=bytes_per_page(page_size, head_dim, dtype),
+            storage=storage,
+            poison=poison_freed_pages,
+        )
+
+    def _index(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def copy(self, copies: np.ndarray) -> None:
+        """Execute the page copies [n, 2] (source, destination) that the allocator asked for."""
+        if len(copies):
+            ops.copy_pages(self.k_cache, self.v_cache, self._index(copies))
+
+    def write(self, k: Tensor, v: Tensor, slots: np.ndarray) -> None:
+        """Write k, v [num_tokens, num_heads, head_dim] to `slots` [num_tokens, num_heads]."""
+        ops.write_pages(k, v, self.k_cache, self.v_cache, self._index(slots))
+
+    def attend(
+        self,
+        q: Tensor,
+        sessions: Sequence[int],
+        layer: int,
+        *,
+        cu_seqlens_q: Tensor,
+        q_positions: Tensor,
+        row_window: Tensor,
+        row_sink: Tensor,
+        inv_freq: Tensor | None = None,
+        softmax_scale: float | None = None,
+    ) -> Tensor:
+        """Attention of q [num_tokens, num_q_heads, head_dim] over the sessions' rows of a layer.
+
+        `cu_seqlens_q` [num_sessions + 1] and `q_positions` [num_tokens] are int32, `row_window`
+        and `row_sink` [num_sessions * num_kv_heads] int32; returns a tensor like q.
+        """
+        row_indptr, page_refs = self.allocator.rows(list(sessions), layer)
+        out, _ = ops.seg_paged_attention(
+            q,
+            self.k_cache,
+            self.v_cache,
+            self._index(row_indptr),
+            self._index(page_refs),
+            cu_seqlens_q,
+            q_positions,
+            row_window,
+            row_sink,
+            inv_freq=inv_freq,
+            softmax_scale=softmax_scale,
+        )
+        return out
