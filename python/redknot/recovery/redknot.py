@@ -1,0 +1,88 @@
+"""RedKnot as published: all rows live, global heads refreshed, the FFN sparse in deep layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from redknot.errors import InputError
+from redknot.heads import HeadMap
+from redknot.recovery.plan import FfnRule, LayerPlan, PromptLayout, RecoveryPlan
+
+__all__ = ["RedKnot"]
+
+
+@dataclass(frozen=True)
+class RedKnot:
+    """Elastic Sparsity (arXiv 2606.06256).
+
+    Every row of a moved document lives in every layer. Its K/V replace the cached ones in global
+    heads; local heads keep the cached, realigned K/V but for the first `boundary_rows` rows of each
+    moved document.
+
+    Parameters
+    ----------
+    dense_until : int
+        Layers below it run the FFN for every live row.
+    ffn_mass : float
+        From `dense_until` on, the FFN runs for the smallest set of rows that holds this share of
+        the importance (norm of the attention output). 1: every row.
+    deep_start, ffn_mass_deep : int, float, optional
+        From layer `deep_start` on, `ffn_mass_deep` takes the place of `ffn_mass`.
+    recent_n : int
+        The last rows of each moved document whose FFN always runs.
+    min_keep : int
+        The least number of rows that the FFN runs for.
+    boundary_rows : int
+        First rows of each moved document that are refreshed in local heads too.
+    """
+
+    dense_until: int = 0
+    ffn_mass: float = 1.0
+    deep_start: int | None = None
+    ffn_mass_deep: float | None = None
+    recent_n: int = 128
+    min_keep: int = 1
+    boundary_rows: int = 0
+
+    name: ClassVar[str] = "redknot"
+    reuses_documents: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for option in ("ffn_mass", "ffn_mass_deep"):
+            value = getattr(self, option)
+            if value is not None and not 0.0 < value <= 1.0:
+                raise InputError(f"RedKnot: {option} must be in (0, 1], got {value}")
+        for option in ("dense_until", "deep_start", "recent_n", "min_keep", "boundary_rows"):
+            value = getattr(self, option)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise InputError(f"RedKnot: {option} must be an int >= 0, got {value!r}")
+        if (self.deep_start is None) != (self.ffn_mass_deep is None):
+            raise InputError("RedKnot: deep_start and ffn_mass_deep belong together; give both")
+
+    def effective_heads(self, heads: HeadMap) -> HeadMap:
+        """Return the map as given."""
+        return heads
+
+    def mass_of_layer(self, layer: int) -> float:
+        """Share of the importance that the FFN of `layer` must hold."""
+        if layer < self.dense_until:
+            return 1.0
+        if self.deep_start is not None and layer >= self.deep_start:
+            assert self.ffn_mass_deep is not None  # __post_init__
+            return self.ffn_mass_deep
+        return self.ffn_mass
+
+    def plan(self, layout: PromptLayout, heads: HeadMap) -> RecoveryPlan:
+        """All moved rows live in all layers."""
+        live = layout.moved_positions
+        fresh_local = layout.boundary_positions(self.boundary_rows)
+        forced = np.concatenate([layout.recent_positions(self.recent_n), layout.query_positions])
+        layers = []
+        for layer in range(heads.num_layers):
+            mass = self.mass_of_layer(layer)
+            rule = FfnRule(mass, self.min_keep, forced) if mass < 1.0 else None
+            layers.append(LayerPlan(live, fresh_local, rule))
+        return RecoveryPlan(tuple(layers))
