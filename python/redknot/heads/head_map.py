@@ -1,0 +1,429 @@
+"""`HeadMap`: one class, window and sink per layer and KV head of a model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from redknot.errors import HeadMapError
+from redknot.heads import head_map_files as files
+from redknot.heads.head_map_checks import (
+    CLASS_OF_NAME,
+    checked_matrix,
+    checked_metadata,
+    checked_names,
+    frozen,
+    is_int,
+    is_number,
+)
+from redknot.heads.visibility import held_pages, held_tokens, visible_pairs
+
+__all__ = ["HeadMap"]
+
+GLOBAL_WINDOW = -1  # as the ops write it: no limit
+
+LETTER_OF_CLASS = {"global": "G", "dense": "D", "retrieval": "R", "local": "."}
+
+
+class HeadMap:
+    """Which KV heads keep the whole context, and what the others keep; immutable.
+
+    Parameters
+    ----------
+    classes : sequence of sequences of str, [num_layers][num_kv_heads]
+        "global", "local", "retrieval" or "dense", or an alias of local: "local_full", "limited",
+        "streaming", "sink_dominant". All but local count as global; `retrieval` executes as
+        global for now.
+    window : int or [num_layers][num_kv_heads], optional
+        Newest tokens that a local head sees, itself included; read for local heads only.
+    sink : int or [num_layers][num_kv_heads], optional
+        First tokens that a local head sees for ever.
+    retrieval_top_p : float, optional
+        Share of the score mass that a retrieval head is meant to attend to.
+    dense_prefix_layers : int, optional
+        The first layers whose heads are all global, whatever their class says.
+    metadata : mapping, optional
+        Anything JSON can hold; "model_fingerprint" is compared by `check_model`.
+
+    Raises
+    ------
+    HeadMapError
+        For anything malformed; the message names layer, head and value.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[Sequence[str]],
+        *,
+        window: int | Sequence[Sequence[int]] | NDArray = files.DEFAULT_WINDOW,
+        sink: int | Sequence[Sequence[int]] | NDArray = files.DEFAULT_SINK,
+        retrieval_top_p: float = 0.9,
+        dense_prefix_layers: int = 0,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._names = checked_names(classes)
+        shape = (len(self._names), len(self._names[0]))
+        self._classes = tuple(tuple(CLASS_OF_NAME[name] for name in row) for row in self._names)
+        if not is_int(dense_prefix_layers) or not 0 <= dense_prefix_layers <= shape[0]:
+            raise HeadMapError(
+                f"dense_prefix_layers must be between 0 and {shape[0]}, got {dense_prefix_layers!r}"
+            )
+        if not is_number(retrieval_top_p) or not 0 < retrieval_top_p <= 1:
+            raise HeadMapError(f"retrieval_top_p must be in (0, 1], got {retrieval_top_p!r}")
+        self._dense_prefix_layers = int(dense_prefix_layers)
+        self._retrieval_top_p = float(retrieval_top_p)
+        self._metadata = checked_metadata(metadata)
+        is_local = np.array([[kind == "local" for kind in row] for row in self._classes])
+        # Of heads that are local by class, also inside the dense prefix: what a file says.
+        self._class_windows = checked_matrix("window", window, is_local, 1, GLOBAL_WINDOW)
+        self._class_sinks = checked_matrix("sink", sink, is_local, 0, 0)
+        is_global = ~is_local
+        is_global[: self._dense_prefix_layers] = True
+        self._is_global = frozen(is_global)
+        self._windows = frozen(np.where(is_global, np.int32(GLOBAL_WINDOW), self._class_windows))
+        self._sinks = frozen(np.where(is_global, np.int32(0), self._class_sinks))
+
+    # --- making one -------------------------------------------------------------------------
+
+    @classmethod
+    def all_global(cls, num_layers: int, num_kv_heads: int) -> HeadMap:
+        """Exact mode: every head keeps everything."""
+        return cls([["global"] * num_kv_heads for _ in range(num_layers)])
+
+    @classmethod
+    def all_local(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        *,
+        window: int = files.DEFAULT_WINDOW,
+        sink: int = files.DEFAULT_SINK,
+    ) -> HeadMap:
+        """Every head keeps `sink` + `window` tokens."""
+        classes = [["local"] * num_kv_heads for _ in range(num_layers)]
+        return cls(classes, window=window, sink=sink)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> HeadMap:
+        """Read a head map file; what is wrong with it is told with the file's name.
+
+        The matrices are trusted, never the prose beside them. Without `kv_head_max_distance` the
+        file's `window` is taken (default 512), without `kv_head_sink_size` its `sink_size`
+        (default 4); a window <= 0 of a local head stands for 512. Keys without a meaning here are
+        kept as metadata.
+        """
+        data = files.read_json(path)
+        try:
+            head_map = cls(**files.parse_json(data))
+            for key in ("num_layers", "num_kv_heads"):
+                if data.get(key, getattr(head_map, key)) != getattr(head_map, key):
+                    raise HeadMapError(
+                        f"{key} is {data[key]!r}, but kv_head_classification has "
+                        f"{getattr(head_map, key)}"
+                    )
+            return head_map
+        except HeadMapError as error:
+            raise HeadMapError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_duo_attention(
+        cls,
+        directory: str | Path,
+        *,
+        threshold: float | None = None,
+        sparsity: float | None = None,
+    ) -> HeadMap:
+        """Read DuoAttention's `full_attention_heads.tsv` and `config.json`.
+
+        Heads that score at least `threshold` (default 0.5) are global; or, with `sparsity`, that
+        fraction of all heads, the lowest scores first, is local. Window and sink are the
+        config's `recent_size` and `sink_size`.
+        """
+        arguments = files.read_duo_attention(directory, threshold, sparsity)
+        try:
+            return cls(**arguments)
+        except HeadMapError as error:
+            raise HeadMapError(f"{directory}: {error}") from None
+
+    def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Return the content of a head map file, written to `path` when one is given."""
+        data: dict[str, Any] = copy.deepcopy(self._metadata)
+        data["num_layers"] = self.num_layers
+        data["num_kv_heads"] = self.num_kv_heads
+        is_local = self._class_windows != GLOBAL_WINDOW
+        if is_local.any():  # for readers that know one window only; ours reads the matrices
+            data["window"] = int(self._class_windows[is_local].max())
+            data["sink_size"] = int(self._class_sinks[is_local].max())
+        data["retrieval_top_p"] = self._retrieval_top_p
+        data["dense_prefix_layers"] = self._dense_prefix_layers
+        data["kv_head_classification"] = [list(row) for row in self._names]
+        data["kv_head_max_distance"] = self._class_windows.tolist()
+        data["kv_head_sink_size"] = self._class_sinks.tolist()
+        if path is not None:
+            Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        return data
+
+    # --- what it says -----------------------------------------------------------------------
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self._classes)
+
+    @property
+    def num_kv_heads(self) -> int:
+        """KV heads per layer (of this rank, after `slice_heads`)."""
+        return len(self._classes[0])
+
+    @property
+    def classes(self) -> tuple[tuple[str, ...], ...]:
+        """Class of each head, [num_layers][num_kv_heads], aliases resolved."""
+        return self._classes
+
+    @property
+    def class_names(self) -> tuple[tuple[str, ...], ...]:
+        """Class names as they were given, aliases included."""
+        return self._names
+
+    @property
+    def is_global(self) -> NDArray[np.bool_]:
+        """Heads that keep everything: all but local ones, and the whole dense prefix."""
+        return self._is_global
+
+    @property
+    def windows(self) -> NDArray[np.int32]:
+        """Window of each head, [num_layers, num_kv_heads]; -1 for a global head."""
+        return self._windows
+
+    @property
+    def sinks(self) -> NDArray[np.int32]:
+        """Sink size of each head, [num_layers, num_kv_heads]; 0 for a global head."""
+        return self._sinks
+
+    @property
+    def retrieval_top_p(self) -> float:
+        """Share of the score mass that a retrieval head is meant to attend to."""
+        return self._retrieval_top_p
+
+    @property
+    def dense_prefix_layers(self) -> int:
+        """The first layers whose heads are all global."""
+        return self._dense_prefix_layers
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """A copy of the free metadata."""
+        return copy.deepcopy(self._metadata)
+
+    @property
+    def global_fraction(self) -> float:
+        """Share of all (layer, KV head) pairs that keep everything."""
+        return float(self._is_global.mean())
+
+    @property
+    def first_global_layer(self) -> int | None:
+        """First layer with a global head, None without one."""
+        layers = np.flatnonzero(self._is_global.any(axis=1))
+        return int(layers[0]) if layers.size else None
+
+    @property
+    def last_global_layer(self) -> int | None:
+        """Last layer with a global head, None without one."""
+        layers = np.flatnonzero(self._is_global.any(axis=1))
+        return int(layers[-1]) if layers.size else None
+
+    def rules(
+        self, sliding_windows: Sequence[int | None] | None = None
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Return windows and sinks, int32 [num_layers, num_kv_heads], inside the model's own.
+
+        Parameters
+        ----------
+        sliding_windows : sequence of int or None, [num_layers], optional
+            The model's native sliding window of each layer, None where it has none. There a
+            global head sees the native window and no sink, and so does a local head whose window
+            is not smaller; a smaller one keeps its window and sink.
+        """
+        windows, sinks = self._windows.copy(), self._sinks.copy()
+        if sliding_windows is None:
+            return windows, sinks
+        if len(sliding_windows) != self.num_layers:
+            raise HeadMapError(
+                f"the head map has {self.num_layers} layers, but sliding windows of "
+                f"{len(sliding_windows)} layers were given"
+            )
+        for layer, native in enumerate(sliding_windows):
+            if native is not None:
+                covered = (windows[layer] < 0) | (windows[layer] >= native)
+                windows[layer][covered] = native
+                sinks[layer][covered] = 0
+        return windows, sinks
+
+    def check_model(
+        self, num_layers: int, num_kv_heads: int, fingerprint: str | None = None
+    ) -> None:
+        """Raise `HeadMapError` when this map was made for another model."""
+        if (num_layers, num_kv_heads) != (self.num_layers, self.num_kv_heads):
+            raise HeadMapError(
+                f"the head map is for {self.num_layers} layers of {self.num_kv_heads} KV heads, "
+                f"but the model has {num_layers} layers of {num_kv_heads} KV heads"
+            )
+        own = self._metadata.get("model_fingerprint")
+        if own is not None and fingerprint is not None and own != fingerprint:
+            raise HeadMapError(
+                f"the head map was measured on another model: its model_fingerprint is {own}, "
+                f"this model's is {fingerprint}"
+            )
+
+    # --- tensor parallel --------------------------------------------------------------------
+
+    def slice(self, heads: slice | Sequence[int] | NDArray) -> HeadMap:
+        """Return the map of some KV heads: a slice or indices, the same in all layers."""
+        index = np.arange(self.num_kv_heads)[heads if isinstance(heads, slice) else list(heads)]
+        if index.size == 0:
+            raise HeadMapError("a slice of a head map needs at least one KV head")
+        return HeadMap(
+            [[row[head] for head in index] for row in self._names],
+            window=self._class_windows[:, index],
+            sink=self._class_sinks[:, index],
+            retrieval_top_p=self._retrieval_top_p,
+            dense_prefix_layers=self._dense_prefix_layers,
+            metadata=self._metadata,
+        )
+
+    def slice_heads(self, rank: int, world_size: int) -> HeadMap:
+        """Return the map of one tensor-parallel rank: an equal, contiguous share of the heads.
+
+        With more ranks than KV heads each head is held by `world_size / num_kv_heads` ranks.
+        """
+        if not 0 <= rank < world_size:
+            raise HeadMapError(f"rank must be between 0 and {world_size - 1}, got {rank}")
+        num_heads = self.num_kv_heads
+        if num_heads % world_size and world_size % num_heads:
+            raise HeadMapError(f"{num_heads} KV heads cannot be split over {world_size} ranks")
+        begin = rank * num_heads // world_size
+        return self.slice(slice(begin, begin + max(1, num_heads // world_size)))
+
+    # --- accounting -------------------------------------------------------------------------
+
+    def kv_bytes(
+        self,
+        context: int,
+        *,
+        head_dim: int,
+        bytes_per_element: int,
+        page_size: int | None = None,
+        sliding_windows: Sequence[int | None] | None = None,
+    ) -> int:
+        """Bytes of K and V that one session of `context` tokens holds.
+
+        With `page_size`: whole pages, as a session that shares none holds them after decoding.
+        """
+        windows, sinks = self.rules(sliding_windows)
+        if page_size is None:
+            tokens = held_tokens(context, windows, sinks)
+        else:
+            tokens = held_pages(context, windows, sinks, page_size) * page_size
+        return 2 * head_dim * bytes_per_element * int(tokens.sum())
+
+    def kv_bytes_full(
+        self, context: int, *, head_dim: int, bytes_per_element: int, page_size: int | None = None
+    ) -> int:
+        """Bytes of a cache in which every head keeps every token."""
+        every = HeadMap.all_global(self.num_layers, self.num_kv_heads)
+        return every.kv_bytes(
+            context, head_dim=head_dim, bytes_per_element=bytes_per_element, page_size=page_size
+        )
+
+    def attention_pairs(
+        self, context: int, sliding_windows: Sequence[int | None] | None = None
+    ) -> NDArray[np.int64]:
+        """(query, key) pairs of a causal prefill, int64 [num_layers, num_kv_heads].
+
+        Counted exactly from the visibility rule, per query head: a KV head shared by g query
+        heads computes g times its entry.
+        """
+        return visible_pairs(context, *self.rules(sliding_windows))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of the map that fit on a few lines, ready for JSON."""
+        counts = Counter(kind for row in self._classes for kind in row)
+        local = ~self._is_global
+        return {
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "heads_per_class": {kind: counts[kind] for kind in LETTER_OF_CLASS},
+            "dense_prefix_layers": self._dense_prefix_layers,
+            "global_fraction": self.global_fraction,
+            "first_global_layer": self.first_global_layer,
+            "last_global_layer": self.last_global_layer,
+            "windows": _spread(self._windows[local]),
+            "sinks": _spread(self._sinks[local]),
+        }
+
+    def table(self) -> str:
+        """Return one letter per head, one line per run of equal layers."""
+        rows = ["".join(LETTER_OF_CLASS[kind] for kind in row) for row in self._classes]
+        rows[: self._dense_prefix_layers] = ["D" * self.num_kv_heads] * self._dense_prefix_layers
+        begins = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1]), len(rows)]
+        lines = []
+        for begin, end in itertools.pairwise(begins):
+            label = str(begin) if end == begin + 1 else f"{begin}-{end - 1}"
+            lines.append(f"{label:>9}  {rows[begin]}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        facts = self.summary()
+        counts = ", ".join(f"{n} {kind}" for kind, n in facts["heads_per_class"].items() if n)
+        lines = [
+            f"{self.num_layers} layers x {self.num_kv_heads} KV heads: {counts}",
+            f"{self.global_fraction:.1%} keep the whole context "
+            f"(layers {self.first_global_layer} to {self.last_global_layer})"
+            if self.is_global.any()
+            else "no head keeps the whole context",
+        ]
+        if facts["windows"]:
+            windows, sinks = facts["windows"], facts["sinks"]
+            lines.append(
+                f"local heads: window {_range(windows)} (median {windows['median']:g}), "
+                f"sink {_range(sinks)}"
+            )
+        return "\n".join(
+            [*lines, "   layers  G global, D dense, R retrieval, . local", self.table()]
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"HeadMap({self.num_layers} layers x {self.num_kv_heads} KV heads, "
+            f"{self.global_fraction:.1%} global)"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, HeadMap):
+            return NotImplemented
+        return self.to_json() == other.to_json()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _spread(values: NDArray[Any]) -> dict[str, float] | None:
+    if values.size == 0:
+        return None
+    return {
+        "min": int(values.min()),
+        "median": float(np.median(values)),
+        "max": int(values.max()),
+    }
+
+
+def _range(spread: dict[str, float]) -> str:
+    low, high = spread["min"], spread["max"]
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
