@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from numpy.typing import NDArray
 
 from redknot.errors import HeadMapError
 from redknot.heads import head_map_files as files
+from redknot.heads import head_map_text
 from redknot.heads.head_map_checks import (
     CLASS_OF_NAME,
     checked_matrix,
@@ -29,8 +28,6 @@ from redknot.heads.visibility import held_pages, held_tokens, visible_pairs
 __all__ = ["HeadMap"]
 
 GLOBAL_WINDOW = -1  # as the ops write it: no limit
-
-LETTER_OF_CLASS = {"global": "G", "dense": "D", "retrieval": "R", "local": "."}
 
 
 class HeadMap:
@@ -355,50 +352,10 @@ class HeadMap:
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of the map that fit on a few lines, ready for JSON."""
-        counts = Counter(kind for row in self._classes for kind in row)
-        local = ~self._is_global
-        return {
-            "num_layers": self.num_layers,
-            "num_kv_heads": self.num_kv_heads,
-            "heads_per_class": {kind: counts[kind] for kind in LETTER_OF_CLASS},
-            "dense_prefix_layers": self._dense_prefix_layers,
-            "global_fraction": self.global_fraction,
-            "first_global_layer": self.first_global_layer,
-            "last_global_layer": self.last_global_layer,
-            "windows": _spread(self._windows[local]),
-            "sinks": _spread(self._sinks[local]),
-        }
-
-    def table(self) -> str:
-        """Return one letter per head, one line per run of equal layers."""
-        rows = ["".join(LETTER_OF_CLASS[kind] for kind in row) for row in self._classes]
-        rows[: self._dense_prefix_layers] = ["D" * self.num_kv_heads] * self._dense_prefix_layers
-        begins = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1]), len(rows)]
-        lines = []
-        for begin, end in itertools.pairwise(begins):
-            label = str(begin) if end == begin + 1 else f"{begin}-{end - 1}"
-            lines.append(f"{label:>9}  {rows[begin]}")
-        return "\n".join(lines)
+        return head_map_text.summary(self)
 
     def __str__(self) -> str:
-        facts = self.summary()
-        counts = ", ".join(f"{n} {kind}" for kind, n in facts["heads_per_class"].items() if n)
-        lines = [
-            f"{self.num_layers} layers x {self.num_kv_heads} KV heads: {counts}",
-            f"{self.global_fraction:.1%} keep the whole context "
-            f"(layers {self.first_global_layer} to {self.last_global_layer})"
-            if self.is_global.any()
-            else "no head keeps the whole context",
-        ]
-        if facts["windows"]:
-            windows, sinks = facts["windows"], facts["sinks"]
-            lines.append(
-                f"local heads: window {_range(windows)} (median {windows['median']:g}), "
-                f"sink {_range(sinks)}"
-            )
-        return "\n".join(
-            [*lines, "   layers  G global, D dense, R retrieval, . local", self.table()]
-        )
+        return head_map_text.describe(self)
 
     def __repr__(self) -> str:
         return (
@@ -412,18 +369,3 @@ class HeadMap:
         return self.to_json() == other.to_json()
 
     __hash__ = None  # type: ignore[assignment]
-
-
-def _spread(values: NDArray[Any]) -> dict[str, float] | None:
-    if values.size == 0:
-        return None
-    return {
-        "min": int(values.min()),
-        "median": float(np.median(values)),
-        "max": int(values.max()),
-    }
-
-
-def _range(spread: dict[str, float]) -> str:
-    low, high = spread["min"], spread["max"]
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -79,13 +79,14 @@ def checked_matrix(
     name: str, given: Any, is_local: NDArray[np.bool_], lowest: int, elsewhere: int
 ) -> NDArray[np.int32]:
     """Return `given` of the local heads as int32 [L, H], `elsewhere` for the others."""
-    matrix = np.full(is_local.shape, elsewhere, dtype=np.int32)
+    num_layers, num_heads = is_local.shape
+    matrix: NDArray[np.int32] = np.full((num_layers, num_heads), elsewhere, dtype=np.int32)
     if not _is_row(given):
-        given = [[given] * is_local.shape[1]] * is_local.shape[0]
-    if len(given) != len(matrix):
-        raise HeadMapError(f"{name} has {len(given)} layers, classes has {len(matrix)}")
+        given = [[given] * num_heads] * num_layers
+    if len(given) != num_layers:
+        raise HeadMapError(f"{name} has {len(given)} layers, classes has {num_layers}")
     for layer, row in enumerate(given):
-        if not _is_row(row) or len(row) != is_local.shape[1]:
+        if not _is_row(row) or len(row) != num_heads:
             arrived = f"{len(row)} values" if _is_row(row) else repr(row)
             raise HeadMapError(
                 f"{name}, layer {layer}: needs {matrix.shape[1]} values, got {arrived}"
