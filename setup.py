@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -14,29 +17,54 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-def build_dir() -> Path:
-    """Separate trees per Python and torch, so that one never links the other's objects."""
-    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    return ROOT / "build" / f"{tag}-torch{version('torch')}"
+def find_tool(name: str, folder_variable: str, debian_package: str) -> str:
+    """The pip package's own binary first: the bin folder of a venv need not be on PATH."""
+    try:
+        folder = Path(getattr(importlib.import_module(name), folder_variable))
+    except (ImportError, AttributeError):
+        folder = None
+    found = shutil.which(name, path=str(folder)) if folder else None
+    found = found or shutil.which(name)
+    if found is None:
+        raise SystemExit(
+            f"redknot: no {name} found; pip install {name}, "
+            f"or on Debian or Ubuntu: apt-get install {debian_package}"
+        )
+    return found
+
+
+def build_tree(*, in_place: bool) -> Path:
+    """One tree per Python, torch and kind of build: none links what another compiled."""
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}-torch{version('torch')}"
+    return ROOT / "build" / (tag if in_place else f"{tag}-wheel")
 
 
 class CMakeBuild(build_ext):
-    """`cmake` configures and builds; `cmake --install` puts _ops.so and _memory.so in place."""
+    """`cmake` configures and builds; `cmake --install` puts _ops.so and _memory*.so in place."""
 
     def run(self) -> None:
-        tree = build_dir()
-        package = ROOT / "python" if self.inplace else Path(self.build_lib).resolve()
+        cmake = find_tool("cmake", "CMAKE_BIN_DIR", "cmake")
+        ninja = find_tool("ninja", "BIN_DIR", "ninja-build")
+        tree = build_tree(in_place=bool(self.inplace))
+        destination = (ROOT / "python" if self.inplace else Path(self.build_lib).resolve()) / "redknot"
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja",
-            f"-DPython3_EXECUTABLE={sys.executable}", f"-DPython_EXECUTABLE={sys.executable}",
+            cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}", "-DREDKNOT_CUDA=AUTO",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]  # fmt: skip
-        configure += os.environ.get("CMAKE_ARGS", "").split()
-        subprocess.run(configure, check=True)
+        if not self.inplace:
+            # An isolated build sees torch at a new path each time; forget the last one's.
+            configure.append("--fresh")
         jobs = str(self.parallel or os.cpu_count() or 1)
-        subprocess.run(["cmake", "--build", str(tree), "--parallel", jobs], check=True)
-        subprocess.run(
-            ["cmake", "--install", str(tree), "--prefix", str(package / "redknot")], check=True
-        )
+        for command in (
+            configure,
+            [cmake, "--build", str(tree), "--parallel", jobs],
+            [cmake, "--install", str(tree), "--prefix", str(destination)],
+        ):
+            try:
+                subprocess.run(command, check=True)
+            except subprocess.CalledProcessError as error:
+                raise SystemExit(f"redknot: failed: {shlex.join(command)}") from error
 
     def get_outputs(self) -> list[str]:
         return []
