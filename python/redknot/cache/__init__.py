@@ -1,0 +1,5 @@
+"""The page pool and the caches over it."""
+
+from redknot.cache.pool import KVPool, bytes_per_page
+
+__all__ = ["KVPool", "bytes_per_page"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 __all__ = ["FlopCounter", "Ledger", "ModelShape", "dense_prefill_flops", "visible_keys"]
 
@@ -46,6 +47,7 @@ class FlopCounter:
 
     shape: ModelShape
     parts: dict[str, float] = field(default_factory=dict)
+    _ffn_counts: list[Tensor] = field(default_factory=list)
 
     def _add(self, part: str, flops: float) -> None:
         self.parts[part] = self.parts.get(part, 0.0) + flops
@@ -82,14 +84,21 @@ class FlopCounter:
         """Gate, up and down projections for `rows` rows."""
         self._add("ffn", 6.0 * rows * self.shape.hidden_dim * self.shape.ffn_dim)
 
+    def ffn_later(self, count: Tensor) -> None:
+        """Like `ffn`, for a count [1] on the device; it is read when the ledger is closed."""
+        self._ffn_counts.append(count)
+
+    def close(self) -> dict[str, float]:
+        """Read the counts that stayed on the device and return the parts."""
+        for count in self._ffn_counts:
+            self.ffn(int(count))
+        self._ffn_counts.clear()
+        return dict(self.parts)
+
     def lm_head(self) -> None:
         """Logits of the last row alone."""
         self._add("lm_head", 2.0 * self.shape.hidden_dim * self.shape.vocab_size)
 
-    @property
-    def total(self) -> float:
-        """FLOPs so far."""
-        return sum(self.parts.values())
 
 
 def dense_prefill_flops(
@@ -110,7 +119,7 @@ def dense_prefill_flops(
         counter.attention(positions, layer_windows, no_sink)
         counter.ffn(rows)
     counter.lm_head()
-    return counter.total
+    return sum(counter.close().values())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,14 @@
+"""Segments and where they are kept."""
+
+from redknot.store.keys import LAYOUT_VERSION, model_fingerprint, segment_key
+from redknot.store.memory_store import MemoryStore, StoreStats
+from redknot.store.segment import Segment
+
+__all__ = [
+    "LAYOUT_VERSION",
+    "MemoryStore",
+    "Segment",
+    "StoreStats",
+    "model_fingerprint",
+    "segment_key",
+]

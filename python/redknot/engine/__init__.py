@@ -1,0 +1,7 @@
+"""The engine: offline caching, prefill under a policy, generation, explanation."""
+
+from redknot.engine.engine import Engine
+from redknot.engine.results import DocumentReport, Explanation, Generation, Prefill
+from redknot.engine.sampling import Sampling
+
+__all__ = ["DocumentReport", "Engine", "Explanation", "Generation", "Prefill", "Sampling"]

@@ -1,0 +1,42 @@
+"""How large the pool is: from "8GiB" to a number of pages."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from redknot.errors import BudgetError, InputError
+
+__all__ = ["num_pages_of", "parse_bytes"]
+
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
+
+# Share of the free memory that a pool takes when no budget is given; weights and work need room.
+_DEFAULT_SHARE = 0.25
+
+
+def parse_bytes(budget: str | int | None) -> int:
+    """Bytes of a budget: a number, "8GiB", "500 MB"; None: a quarter of the free memory."""
+    if budget is None:
+        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _DEFAULT_SHARE)
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", budget)
+        if match is None or match.group(2) not in _UNITS:
+            raise InputError(f"kv_budget must be bytes or a text such as '8GiB', got {budget!r}")
+        return int(float(match.group(1)) * _UNITS[match.group(2)])
+    if budget <= 0:
+        raise InputError(f"kv_budget must be positive, got {budget}")
+    return int(budget)
+
+
+def num_pages_of(budget_bytes: int, page_bytes: int, rows: int) -> int:
+    """Pages in a budget; at least one for each of `rows` (layer, KV head) pairs must fit."""
+    num_pages = min(budget_bytes // page_bytes, 2**31 - 1)
+    if num_pages < rows:
+        raise BudgetError(
+            f"kv_budget of {budget_bytes:,} bytes holds {num_pages} pages of {page_bytes:,} bytes, "
+            f"but one token alone needs {rows} (one for each layer and KV head); raise kv_budget"
+        )
+    return int(num_pages)

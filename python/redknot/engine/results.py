@@ -1,0 +1,158 @@
+"""What a request returns: logits or text, times, the ledger, and an explanation of every reuse."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from redknot.recovery import Ledger
+
+__all__ = ["DocumentReport", "Explanation", "Generation", "Prefill"]
+
+
+@dataclass(frozen=True)
+class DocumentReport:
+    """What happened to one document of a prompt.
+
+    Attributes
+    ----------
+    id : str
+        As `Engine.add` returned it.
+    begin, end : int
+        Its true positions, half open.
+    source : {"cached", "computed", "not used"}
+        Whether its K/V were found, had to be computed for this request, or were not asked for.
+    reason : str
+        Why, in a sentence.
+    moved_by : int
+        True position minus the position it was cached at.
+    heads_reused, heads_refreshed : int
+        (layer, KV head) pairs whose K/V of this document are the cached ones, or were replaced.
+    rows_recomputed : int
+        Tokens whose hidden state was carried through the layers.
+    """
+
+    id: str
+    begin: int
+    end: int
+    source: str
+    reason: str
+    moved_by: int
+    heads_reused: int
+    heads_refreshed: int
+    rows_recomputed: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.id}  tokens {self.begin}-{self.end}  {self.source}: {self.reason}; "
+            f"heads reused {self.heads_reused}, refreshed {self.heads_refreshed} "
+            f"({self.rows_recomputed} rows recomputed)"
+        )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a request cost what it cost.
+
+    Attributes
+    ----------
+    policy : str
+        Name of the policy.
+    prefix_tokens, question_tokens : int
+        Tokens in front of and behind the documents.
+    documents : tuple of DocumentReport
+        In the order of the prompt.
+    kv_bytes : int
+        Bytes of the pages that the session references after prefill, shared ones included.
+    private_kv_bytes : int
+        Bytes of those that no other session or segment holds.
+    """
+
+    policy: str
+    prefix_tokens: int
+    question_tokens: int
+    documents: tuple[DocumentReport, ...]
+    kv_bytes: int
+    private_kv_bytes: int
+
+    def to_dict(self) -> dict[str, object]:
+        """All of it as plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"policy {self.policy}: prefix {self.prefix_tokens} tokens, "
+            f"{len(self.documents)} documents, question {self.question_tokens} tokens; "
+            f"holds {self.kv_bytes:,} bytes of KV, {self.private_kv_bytes:,} of them alone"
+        ]
+        return "\n".join(lines + [f"  {document}" for document in self.documents])
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Result of `Engine.prefill`.
+
+    Attributes
+    ----------
+    logits : Tensor
+        Of the last token, [vocab_size], in the model's dtype.
+    token_ids : list of int
+        The whole prompt: prefix, documents, question.
+    ttft_seconds : float
+        From the request to these logits, misses included.
+    ledger : Ledger
+        FLOPs of the very same computation.
+    kv_bytes : int
+        Bytes of the pages that the session references after prefill.
+    """
+
+    logits: Tensor
+    token_ids: list[int]
+    ttft_seconds: float
+    ledger: Ledger
+    kv_bytes: int
+    explanation: Explanation
+
+    def explain(self) -> Explanation:
+        """What was reused, recomputed or missed, and why."""
+        return self.explanation
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Result of `Engine.generate`.
+
+    Attributes
+    ----------
+    text : str
+        The answer, without special tokens and without the stop string; empty without a tokenizer.
+    token_ids : list of int
+        Generated tokens, the end-of-sequence token included if one came.
+    prompt_token_ids : list of int
+        Prefix, documents, question.
+    finish_reason : {"eos", "stop", "length"}
+        End of sequence, a stop string, or max_new_tokens.
+    ttft_seconds : float
+        From the request to the first token's logits, misses included.
+    seconds_per_token : float
+        Mean time of the decode steps after the first token (0.0 if there were none).
+    ledger : Ledger
+        FLOPs of the prefill.
+    kv_bytes : int
+        Bytes of the pages that the session references after prefill.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_token_ids: list[int]
+    finish_reason: str
+    ttft_seconds: float
+    seconds_per_token: float
+    ledger: Ledger
+    kv_bytes: int
+    explanation: Explanation
+
+    def explain(self) -> Explanation:
+        """What was reused, recomputed or missed, and why."""
+        return self.explanation

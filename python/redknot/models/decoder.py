@@ -1,0 +1,216 @@
+"""A Hugging Face decoder taken apart: the steps of a layer, for any set of rows.
+
+Rows are tokens in any number, [num_rows, hidden_dim]; there is no batch dimension. The model's own
+Linear and norm modules do the work, so that whatever they were replaced by (quantised, LoRA) is
+used; where they are plain, single heads' columns and the fused sparse FFN are taken instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from redknot import ops
+from redknot.errors import ModelError
+from redknot.models.families import family_of
+from redknot.recovery import ModelShape
+
+__all__ = ["Decoder"]
+
+# Rows that pass an FFN at once: bounds the [rows, ffn_dim] workspace, large enough for the GEMMs.
+_FFN_CHUNK_ROWS = 4096
+
+
+class Decoder:
+    """The parts of a Llama, Mistral, Qwen2 or Qwen3 causal language model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model in evaluation mode; it is not changed.
+
+    Raises
+    ------
+    ModelError
+        For a family, rope type or module layout that is not supported.
+    """
+
+    def __init__(self, model: Any) -> None:
+        config = model.config
+        self.family = family_of(config)
+        backbone = getattr(model, "model", None)
+        if backbone is None or getattr(model, "lm_head", None) is None:
+            raise ModelError(
+                f"{type(model).__name__} is no causal language model (no .model and .lm_head); "
+                "load it with AutoModelForCausalLM"
+            )
+        if model.training:
+            raise ModelError("the model is in training mode; call model.eval() first")
+        self.model = model
+        self._backbone = backbone
+        self._layers = list(backbone.layers)
+        head_dim = getattr(config, "head_dim", None)
+        self.shape = ModelShape(
+            num_layers=config.num_hidden_layers,
+            num_q_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+            hidden_dim=config.hidden_size,
+            ffn_dim=config.intermediate_size,
+            vocab_size=config.vocab_size,
+        )
+        weight = backbone.embed_tokens.weight
+        self.dtype: torch.dtype = weight.dtype
+        self.device: torch.device = weight.device
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ModelError(f"the model's dtype must be float32, bfloat16 or float16, got {self.dtype}")
+        self.max_context: int = config.max_position_embeddings
+        self.sliding_windows = self.family.sliding_windows(config)
+
+        rotary = backbone.rotary_emb
+        self.inv_freq: Tensor = rotary.inv_freq.detach().float().to(self.device)
+        if 2 * len(self.inv_freq) != self.shape.head_dim:
+            raise ModelError(
+                f"rotary dimensions must be head_dim = {self.shape.head_dim}, "
+                f"got {2 * len(self.inv_freq)}"
+            )
+        # Hugging Face scales cos and sin of queries and keys (yarn); scaling the scores by its
+        # square is the same, and keeps cached keys free of it.
+        self.softmax_scale = float(self._layers[0].self_attn.scaling) * float(
+            rotary.attention_scaling**2
+        )
+        self._head_columns: dict[tuple[int, tuple[int, ...]], tuple[Tensor, ...]] = {}
+
+    # --- a layer, step by step -------------------------------------------------------------------
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Hidden states [num_rows, hidden_dim] of token ids [num_rows]."""
+        return self._backbone.embed_tokens(token_ids)
+
+    def attention_norm(self, layer: int, hidden: Tensor) -> Tensor:
+        """The norm in front of a layer's projections."""
+        return self._layers[layer].input_layernorm(hidden)
+
+    def query(self, layer: int, normed: Tensor, positions: Tensor) -> Tensor:
+        """Queries [num_rows, num_q_heads, head_dim], rotated at `positions` [num_rows] int32."""
+        attention = self._layers[layer].self_attn
+        q = attention.q_proj(normed).view(len(normed), self.shape.num_q_heads, -1)
+        if self.family.qk_norm:
+            q = attention.q_norm(q)
+        return ops.rope_realign(q, positions, self.inv_freq)
+
+    def key_value(
+        self, layer: int, normed: Tensor, positions: Tensor, heads: tuple[int, ...] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys (rotated at `positions`) and values [num_rows, len(heads), head_dim].
+
+        `heads` are KV heads; None: all of them. Only their columns are computed where the
+        projections are plain Linear modules.
+        """
+        attention = self._layers[layer].self_attn
+        if heads is not None and len(heads) < self.shape.num_kv_heads:
+            k, v = self._some_heads(layer, normed, heads)
+        else:
+            k, v = (
+                projection(normed).view(len(normed), self.shape.num_kv_heads, -1)
+                for projection in (attention.k_proj, attention.v_proj)
+            )
+        if self.family.qk_norm:
+            k = attention.k_norm(k)
+        return ops.rope_realign(k, positions, self.inv_freq), v
+
+    def _some_heads(
+        self, layer: int, normed: Tensor, heads: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        attention = self._layers[layer].self_attn
+        projections = (attention.k_proj, attention.v_proj)
+        if not all(_is_plain_linear(projection) for projection in projections):
+            index = torch.tensor(heads, device=self.device)
+            k, v = (
+                projection(normed).view(len(normed), self.shape.num_kv_heads, -1)[:, index]
+                for projection in projections
+            )
+            return k, v
+        if (layer, heads) not in self._head_columns:
+            self._head_columns[layer, heads] = self._columns_of(projections, heads)
+        weight, bias = self._head_columns[layer, heads]
+        kv = F.linear(normed, weight, bias if len(bias) else None)
+        kv = kv.view(len(normed), 2, len(heads), self.shape.head_dim)
+        return kv[:, 0], kv[:, 1]
+
+    def _columns_of(
+        self, projections: tuple[Any, ...], heads: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the heads' K columns, then their V columns."""
+        dim = self.shape.head_dim
+        rows = torch.cat([torch.arange(h * dim, (h + 1) * dim) for h in heads]).to(self.device)
+        weight = torch.cat([p.weight.detach()[rows] for p in projections])
+        biases = [p.bias.detach()[rows] for p in projections if p.bias is not None]
+        return weight, torch.cat(biases) if biases else weight.new_empty(0)
+
+    def computes_columns(self, layer: int) -> bool:
+        """Whether K/V of single heads cost only their own columns (for the ledger)."""
+        attention = self._layers[layer].self_attn
+        return _is_plain_linear(attention.k_proj) and _is_plain_linear(attention.v_proj)
+
+    def add_attention(self, layer: int, hidden: Tensor, attention_out: Tensor) -> Tensor:
+        """hidden + O(attention_out), with attention_out [num_rows, num_q_heads, head_dim]."""
+        return hidden + self._layers[layer].self_attn.o_proj(attention_out.flatten(1))
+
+    def add_ffn(self, layer: int, hidden: Tensor) -> Tensor:
+        """Add the FFN of every row to `hidden`, in place."""
+        block = self._layers[layer]
+        for chunk in hidden.split(_FFN_CHUNK_ROWS):
+            chunk += block.mlp(block.post_attention_layernorm(chunk))
+        return hidden
+
+    def add_sparse_ffn(self, layer: int, hidden: Tensor, indices: Tensor, count: Tensor) -> Tensor:
+        """Add the FFN of the rows indices[:count] to `hidden`, in place; others pass through.
+
+        `indices` [num_rows] int32 (padded), `count` [1] int32, both on the model's device.
+        """
+        block = self._layers[layer]
+        mlp = block.mlp
+        plain = all(_is_plain_linear(m) and m.bias is None for m in _ffn_projections(mlp))
+        if plain and isinstance(mlp.act_fn, nn.SiLU):
+            norm = block.post_attention_layernorm
+            return ops.gathered_ffn(
+                hidden,
+                norm.weight,
+                norm.variance_epsilon,
+                mlp.gate_proj.weight,
+                mlp.down_proj.weight,
+                indices,
+                count,
+                w_up=mlp.up_proj.weight,
+            )
+        rows = indices[: int(count)].long()
+        for chunk in rows.split(_FFN_CHUNK_ROWS):
+            hidden[chunk] += mlp(block.post_attention_layernorm(hidden[chunk]))
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [num_rows, vocab_size] of hidden states after the last layer."""
+        return self.model.lm_head(self._backbone.norm(hidden))
+
+    # --- what the store and the ledger ask -------------------------------------------------------
+
+    def native_windows(self) -> np.ndarray:
+        """The model's own windows [num_layers, num_kv_heads] int32, -1 where it sees everything."""
+        per_layer = [-1 if window is None else window for window in self.sliding_windows]
+        return np.repeat(np.array(per_layer, np.int32)[:, None], self.shape.num_kv_heads, axis=1)
+
+
+def _ffn_projections(mlp: nn.Module) -> tuple[Any, Any, Any]:
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is nothing but x W^T + b, so that its weight may be used directly."""
+    return (
+        type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+    )

@@ -1,0 +1,92 @@
+"""Cryptographic keys of segments: equal in every process, different for whatever could differ."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["LAYOUT_VERSION", "model_fingerprint", "segment_key"]
+
+# Raised whenever the meaning of stored bytes changes; older segments are then never found.
+LAYOUT_VERSION = 1
+
+# Values read per weight: enough to tell any two checkpoints apart, cheap on the largest.
+_SAMPLES_PER_WEIGHT = 64
+
+
+def _digest(parts: Sequence[bytes]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.hexdigest()
+
+
+def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """Hash of a model: its configuration, and a sample of every weight.
+
+    Parameters
+    ----------
+    config : mapping
+        The configuration as JSON-able values.
+    weights : mapping of str to Tensor
+        Names and weights, as `model.state_dict()` gives them.
+    """
+    described = {k: v for k, v in config.items() if k not in _NOT_THE_MODEL}
+    parts = [json.dumps(described, sort_keys=True, default=str).encode()]
+    for name in sorted(weights):
+        weight = weights[name].detach().flatten()
+        count = weight.numel()
+        index = torch.linspace(0, max(count - 1, 0), min(count, _SAMPLES_PER_WEIGHT)).long()
+        sample = weight[index.to(weight.device)].float().cpu().numpy()
+        parts += [name.encode(), str(tuple(weights[name].shape)).encode(), sample.tobytes()]
+    return _digest(parts)
+
+
+# Entries of a configuration that say where a model came from, not what it computes.
+_NOT_THE_MODEL = frozenset(
+    {"_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache"}
+)
+
+
+def segment_key(
+    *,
+    fingerprint: str,
+    dtype: torch.dtype,
+    inv_freq: np.ndarray,
+    prefix_ids: Sequence[int],
+    token_ids: Sequence[int],
+    stored: str = "kv",
+) -> str:
+    """Key of one segment (hex SHA-256).
+
+    Parameters
+    ----------
+    fingerprint : str
+        Of the model (`model_fingerprint`).
+    dtype : torch.dtype
+        Of the stored K and V.
+    inv_freq : np.ndarray
+        Rope frequencies [rotary_dim / 2] fp32.
+    prefix_ids : sequence of int
+        Tokens the segment was prefilled behind; empty if alone.
+    token_ids : sequence of int
+        The segment's own tokens.
+    stored : str
+        What is kept for it.
+    """
+    return _digest(
+        [
+            fingerprint.encode(),
+            f"{LAYOUT_VERSION} {dtype} {stored}".encode(),
+            np.ascontiguousarray(inv_freq, dtype="<f4").tobytes(),
+            np.asarray(prefix_ids, dtype="<i8").tobytes(),
+            np.asarray(token_ids, dtype="<i8").tobytes(),
+        ]
+    )

@@ -1,0 +1,33 @@
+"""A segment: a run of tokens whose K and V were computed once and lie in pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Segment"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """K and V of a run of tokens, for every layer and KV head, in the pages of a pool.
+
+    Attributes
+    ----------
+    key : str
+        Cryptographic key (`redknot.store.segment_key`).
+    handle : int
+        The allocator's id of its pages.
+    first_position : int
+        Position its first token was computed at.
+    num_tokens : int
+        Its own tokens; the prefix it was computed behind is not among them.
+    offline_flops, offline_seconds : float
+        What computing it cost.
+    """
+
+    key: str
+    handle: int
+    first_position: int
+    num_tokens: int
+    offline_flops: float
+    offline_seconds: float
