@@ -284,7 +284,12 @@ class HeadMap:
 
     def slice(self, heads: slice | Sequence[int] | NDArray) -> HeadMap:
         """Return the map of some KV heads: a slice or indices, the same in all layers."""
-        index = np.arange(self.num_kv_heads)[heads if isinstance(heads, slice) else list(heads)]
+        if isinstance(heads, slice):
+            heads = range(*heads.indices(self.num_kv_heads))
+        index = np.asarray(heads, dtype=np.int64)
+        for head in index:
+            if not 0 <= head < self.num_kv_heads:
+                raise HeadMapError(f"head {head} is not one of the map's {self.num_kv_heads} heads")
         if index.size == 0:
             raise HeadMapError("a slice of a head map needs at least one KV head")
         return HeadMap(
