@@ -14,6 +14,8 @@ enum class AllocStatus : int8_t { kOk, kOutOfPages };
 
 struct [[nodiscard]] AllocResult {
   AllocStatus status = AllocStatus::kOk;
+  // Pages the call takes beyond those it gives back itself (the expiry of append_tokens): out of
+  // pages when more than pages_free, else free_pages() went down by it, or up where negative.
   int64_t pages_needed = 0;
   int64_t pages_free = 0;  // before the call
 };
@@ -24,15 +26,19 @@ using SessionId = int64_t;
 struct AllocatorConfig {
   int32_t num_layers = 0;
   int32_t num_kv_heads = 0;
-  int32_t num_pages = 0;    // the whole budget; a page holds the K and the V of its slots
-  int32_t page_size = 0;    // token slots per page
+  int32_t num_pages = 0;       // the whole budget; a page holds the K and the V of its slots
+  int32_t page_size = 0;       // token slots per page
   int64_t bytes_per_page = 0;  // K and V together, for the statistics
   // Called with each page that becomes free (fills it with NaN in debug and test builds); may be
-  // empty. Runs under the allocator's lock: it must not call back.
+  // empty. Runs under the allocator's lock: it must not call back, and must not throw.
   std::function<void(int32_t page)> poison;
 };
 
-// What a (layer, KV head) of a session keeps. `window` < 0: everything (a global head).
+// Whether this build poisons freed pages unless told otherwise (Debug, REDKNOT_POISON_FREED_PAGES).
+bool poisons_freed_pages_by_default();
+
+// What a (layer, KV head) of a session keeps. `window` < 0: everything (a global head); 0 is
+// refused because a window counts the token itself.
 struct HeadRule {
   int32_t window = kGlobalWindow;
   int32_t sink = 0;
@@ -52,18 +58,21 @@ struct PageCopy {
 
 // Rows of one layer for a batch of sessions, in the order of the ops: row = session * heads + head.
 struct RowTable {
-  std::vector<int32_t> row_indptr;   // [num_sessions * num_kv_heads + 1]
-  std::vector<PageRef> page_refs;    // [num_refs]
+  std::vector<int32_t> row_indptr;  // [num_sessions * num_kv_heads + 1]
+  std::vector<PageRef> page_refs;   // [num_refs]
 };
 
+// Each page counts once: free + segment + session_global + session_local = num_pages.
 struct AllocatorStats {
-  int64_t num_pages, num_free_pages;
-  int64_t segment_pages;         // held by segments, shared or not
-  int64_t session_global_pages;  // held by sessions alone, in rows of global heads
-  int64_t session_local_pages;   // held by sessions alone, in rows of local heads
-  int64_t shared_pages;          // held by more than one owner (segments and sessions)
-  int64_t num_segments, num_sessions;
-  int64_t bytes_per_page;
+  int64_t num_pages = 0;
+  int64_t num_free_pages = 0;
+  int64_t segment_pages = 0;         // held by segments, shared or not
+  int64_t session_global_pages = 0;  // held by sessions alone, in a row of a global head
+  int64_t session_local_pages = 0;   // held by sessions alone, in rows of local heads
+  int64_t shared_pages = 0;          // of those: held by more than one owner (segment, session)
+  int64_t num_segments = 0;
+  int64_t num_sessions = 0;
+  int64_t bytes_per_page = 0;
 };
 
 // Pages, head segments and session rows of one device. Thread-safe: one lock, short sections.
@@ -72,13 +81,17 @@ struct AllocatorStats {
 // [first_position, first_position + num_tokens); it owns one list of pages per (layer, KV head).
 // A *session* holds one row per (layer, KV head): an ordered list of PageRefs. Rows share the pages
 // of segments (reference counts); writing to a shared page first copies it (refresh, append).
+//
+// A broken rule (unknown or released id, wrong size, negative count, unsorted positions) throws
+// std::invalid_argument that names the call, the argument, the rule and what arrived; nothing has
+// changed then.
 class SegmentAllocator {
  public:
   explicit SegmentAllocator(AllocatorConfig config);
   ~SegmentAllocator();
 
   // --- segments -------------------------------------------------------------------------------
-  // Takes num_layers * num_kv_heads * ceil(num_tokens / page_size) pages, or none.
+  // Takes num_layers * num_kv_heads * ceil(num_tokens / page_size) pages, or none. num_tokens >= 1.
   AllocResult create_segment(int64_t num_tokens, int64_t first_position, SegmentId* segment);
   // Drops the segment's own reference; pages shared with sessions stay until those let go.
   void release_segment(SegmentId segment);
@@ -94,16 +107,19 @@ class SegmentAllocator {
   int64_t session_length(SessionId session) const;  // logical tokens, expired ones included
 
   // Puts a segment's tokens at the session's end, in every row, without copying a byte. Its keys
-  // get rotation_offset = session_length - segment.first_position. Costs no page.
+  // get rotation_offset = session_length - segment.first_position. Costs no page. Tokens behind it
+  // start a page of their own.
   void append_segment(SessionId session, SegmentId segment);
 
   // Makes room for num_tokens new tokens in every row, at rotation offset 0; atomic over all given
   // sessions (num_tokens[i] for sessions[i]). With expire_first the pages that left the windows of
   // local heads are dropped first, so that this very call can use them (decode); without, rows
   // keep them for queries inside the documents (prefill). A tail page shared with a fork is
-  // copied: the caller must execute `copies` before it writes.
+  // copied: the caller must execute `copies` (cleared first) before it writes. A session may be
+  // given once.
   AllocResult append_tokens(const std::vector<SessionId>& sessions,
-                            const std::vector<int64_t>& num_tokens, bool expire_first,
+                            const std::vector<int64_t>& num_tokens,
+                            bool expire_first,
                             std::vector<PageCopy>* copies);
   // Slots of the last num_tokens tokens of a session: [num_tokens, num_kv_heads]; -1 where the
   // row no longer holds the token.
@@ -111,12 +127,15 @@ class SegmentAllocator {
 
   // Makes the pages that hold the requested tokens private to the session, atomic over all
   // requests. Pages keep their shape, positions and rotation offset. A page whose valid slots are
-  // all requested is replaced without a copy; others are copied (`copies`).
-  AllocResult make_writable(SessionId session, const std::vector<WriteRequest>& requests,
+  // all requested is replaced without a copy; others are copied (`copies`, cleared first).
+  // Positions that a row has expired are ignored.
+  AllocResult make_writable(SessionId session,
+                            const std::vector<WriteRequest>& requests,
                             std::vector<PageCopy>* copies);
   // Slots of the given positions (sorted, unique) in one layer, [num_positions, num_kv_heads];
   // -1 where the row does not hold the position.
-  std::vector<int64_t> position_slots(SessionId session, int64_t layer,
+  std::vector<int64_t> position_slots(SessionId session,
+                                      int64_t layer,
                                       const std::vector<int64_t>& positions) const;
 
   // Frees the pages that no later query of a local row can see: neither sink nor within the window
@@ -128,7 +147,7 @@ class SegmentAllocator {
 
   // --- reading ----------------------------------------------------------------------------------
   RowTable rows(const std::vector<SessionId>& sessions, int64_t layer) const;
-  int64_t session_pages(SessionId session) const;          // pages referenced, shared ones too
+  int64_t session_pages(SessionId session) const;          // distinct pages, shared ones too
   int64_t session_private_pages(SessionId session) const;  // pages nobody else holds
   int64_t free_pages() const;
   AllocatorStats stats() const;

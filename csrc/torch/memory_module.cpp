@@ -1,0 +1,349 @@
+// redknot._memory: the allocator as a Python object. Index arrays move to numpy without a copy, the
+// GIL is released while the allocator works. Documented in python/redknot/_memory.pyi.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "redknot/segment_allocator.h"
+
+namespace py = pybind11;
+
+namespace redknot::binding {
+namespace {
+
+py::handle out_of_pages_type;  // redknot._memory.OutOfPages, alive as long as the module
+
+void raise_unless_ok(const AllocResult& result, const char* caller) {
+  if (result.status == AllocStatus::kOk) return;
+  const std::string message = std::string(caller) + ": needs " +
+                              std::to_string(result.pages_needed) + " pages, " +
+                              std::to_string(result.pages_free) + " are free";
+  const py::object error = out_of_pages_type(message);
+  error.attr("pages_needed") = result.pages_needed;
+  error.attr("pages_free") = result.pages_free;
+  PyErr_SetObject(out_of_pages_type.ptr(), error.ptr());
+  throw py::error_already_set();
+}
+
+// --- arrays in
+// ------------------------------------------------------------------------------------
+
+std::string describe(const py::array& array) {
+  return std::string(py::str(array.dtype())) + " " +
+         std::string(py::str(py::tuple(array.attr("shape"))));
+}
+
+[[noreturn]] void refuse(const std::string& what, const std::string& rule, const std::string& got) {
+  throw py::value_error(what + " must be " + rule + ", got " + got);
+}
+
+// Any integer array or sequence, by value; numpy alone would silently cut off 1.5.
+template <typename T>
+std::vector<T> integers(const py::object& given,
+                        const std::string& what,
+                        const std::string& rule,
+                        const std::vector<py::ssize_t>& shape) {
+  const py::array array = py::array::ensure(given);
+  if (!array) {
+    PyErr_Clear();
+    refuse(what, rule, std::string(py::str(py::type::of(given))));
+  }
+  bool fits = array.ndim() == static_cast<py::ssize_t>(shape.size());
+  for (py::ssize_t i = 0; fits && i < array.ndim(); ++i) {
+    fits = shape[i] < 0 || shape[i] == array.shape(i);
+  }
+  const char kind = array.dtype().kind();
+  // An empty list has no integers in it and arrives as float64.
+  if (!fits || (array.size() > 0 && kind != 'i' && kind != 'u' && kind != 'b')) {
+    refuse(what, rule, describe(array));
+  }
+  const auto wide = py::array_t<int64_t, py::array::c_style | py::array::forcecast>(array);
+  std::vector<T> values(wide.size());
+  for (py::ssize_t i = 0; i < wide.size(); ++i) {
+    const int64_t value = wide.data()[i];
+    values[i] = static_cast<T>(value);
+    if (values[i] != value) refuse(what, rule, std::to_string(value));
+  }
+  return values;
+}
+
+std::vector<int64_t> integer_list(const py::object& given, const std::string& what) {
+  return integers<int64_t>(given, what, "a list of integers", {-1});
+}
+
+// --- arrays out
+// -----------------------------------------------------------------------------------
+
+// The vector moves into the array's base object: no copy.
+template <typename Scalar, typename T>
+py::array to_numpy(std::vector<T>&& values, std::vector<py::ssize_t> shape) {
+  auto owned = std::make_unique<std::vector<T>>(std::move(values));
+  const auto* data = reinterpret_cast<const Scalar*>(owned->data());
+  py::capsule base(owned.get(), [](void* vector) { delete static_cast<std::vector<T>*>(vector); });
+  owned.release();
+  return py::array_t<Scalar>(std::move(shape), data, base);
+}
+
+py::array copies_to_numpy(std::vector<PageCopy>&& copies) {
+  static_assert(sizeof(PageCopy) == 2 * sizeof(int32_t));
+  const auto count = static_cast<py::ssize_t>(copies.size());
+  return to_numpy<int32_t>(std::move(copies), {count, 2});
+}
+
+// --- the object
+// -----------------------------------------------------------------------------------
+
+// Page p occupies [base + p * stride_bytes, + page_bytes).
+struct StorageRegion {
+  unsigned char* base;
+  int64_t stride_bytes;
+  int64_t page_bytes;
+};
+using RegionTuple = std::tuple<uintptr_t, int64_t, int64_t>;
+
+std::vector<StorageRegion> checked_regions(const std::vector<RegionTuple>& given) {
+  std::vector<StorageRegion> regions;
+  for (const auto& [base, stride_bytes, page_bytes] : given) {
+    if (base == 0 || page_bytes < 1 || stride_bytes < page_bytes) {
+      refuse("SegmentAllocator: storage",
+             "(pointer, page_stride_bytes, page_bytes) with 1 <= page_bytes <= page_stride_bytes",
+             "(" + std::to_string(base) + ", " + std::to_string(stride_bytes) + ", " +
+                 std::to_string(page_bytes) + ")");
+    }
+    regions.push_back({reinterpret_cast<unsigned char*>(base), stride_bytes, page_bytes});
+  }
+  return regions;
+}
+
+// All bits set is NaN in fp32, bf16 and fp16: a page read after it was freed cannot go unnoticed.
+std::function<void(int32_t)> poison_hook(std::vector<StorageRegion> regions, bool poison) {
+  if (!poison) return nullptr;
+  if (regions.empty()) {
+    throw py::value_error("SegmentAllocator: poison=True needs host storage to fill, got none");
+  }
+  return [regions = std::move(regions)](int32_t page) {
+    for (const StorageRegion& region : regions) {
+      std::memset(region.base + page * region.stride_bytes, 0xFF, region.page_bytes);
+    }
+  };
+}
+
+// Another thread may hold the allocator's lock: nobody waits for it with the GIL in hand.
+template <typename Call>
+auto unlocked(const Call& call) {
+  const py::gil_scoped_release release;
+  return call();
+}
+
+class Allocator {
+ public:
+  Allocator(int32_t num_layers,
+            int32_t num_kv_heads,
+            int32_t num_pages,
+            int32_t page_size,
+            int64_t bytes_per_page,
+            const std::vector<RegionTuple>& storage,
+            std::optional<bool> poison)
+      : num_layers_(num_layers),
+        num_kv_heads_(num_kv_heads),
+        poisons_(poison.value_or(poisons_freed_pages_by_default() && !storage.empty())),
+        core_({.num_layers = num_layers,
+               .num_kv_heads = num_kv_heads,
+               .num_pages = num_pages,
+               .page_size = page_size,
+               .bytes_per_page = bytes_per_page,
+               .poison = poison_hook(checked_regions(storage), poisons_)}) {}
+
+  SegmentAllocator& core() { return core_; }
+  bool poisons() const { return poisons_; }
+
+  SegmentId create_segment(int64_t num_tokens, int64_t first_position) {
+    SegmentId segment = 0;
+    const AllocResult result =
+        unlocked([&] { return core_.create_segment(num_tokens, first_position, &segment); });
+    raise_unless_ok(result, "create_segment");
+    return segment;
+  }
+
+  py::array segment_slots(SegmentId segment, int64_t layer) {
+    return per_head(unlocked([&] { return core_.segment_slots(segment, layer); }));
+  }
+
+  SessionId create_session(const py::object& windows, const py::object& sinks) {
+    const std::vector<int32_t> window = head_matrix<int32_t>(windows, "create_session: windows");
+    const std::vector<int32_t> sink = head_matrix<int32_t>(sinks, "create_session: sinks");
+    std::vector<HeadRule> rules(window.size());
+    for (size_t row = 0; row < rules.size(); ++row) {
+      rules[row] = {.window = window[row], .sink = sink[row]};
+    }
+    return unlocked([&] { return core_.create_session(rules); });
+  }
+
+  py::array append_tokens(const py::object& sessions,
+                          const py::object& num_tokens,
+                          bool expire_first) {
+    const auto ids = integer_list(sessions, "append_tokens: sessions");
+    const auto counts = integer_list(num_tokens, "append_tokens: num_tokens");
+    std::vector<PageCopy> copies;
+    const AllocResult result =
+        unlocked([&] { return core_.append_tokens(ids, counts, expire_first, &copies); });
+    raise_unless_ok(result, "append_tokens");
+    return copies_to_numpy(std::move(copies));
+  }
+
+  py::array make_writable(SessionId session,
+                          const std::vector<std::pair<py::object, py::object>>& requests) {
+    std::vector<WriteRequest> converted;
+    for (const auto& [head_mask, positions] : requests) {
+      converted.push_back({.head_mask = head_matrix<uint8_t>(head_mask, "make_writable: head_mask"),
+                           .positions = integer_list(positions, "make_writable: positions")});
+    }
+    std::vector<PageCopy> copies;
+    const AllocResult result =
+        unlocked([&] { return core_.make_writable(session, converted, &copies); });
+    raise_unless_ok(result, "make_writable");
+    return copies_to_numpy(std::move(copies));
+  }
+
+  py::array tail_slots(SessionId session, int64_t layer, int64_t num_tokens) {
+    return per_head(unlocked([&] { return core_.tail_slots(session, layer, num_tokens); }));
+  }
+
+  py::array position_slots(SessionId session, int64_t layer, const py::object& positions) {
+    const auto wanted = integer_list(positions, "position_slots: positions");
+    return per_head(unlocked([&] { return core_.position_slots(session, layer, wanted); }));
+  }
+
+  std::pair<py::array, py::array> rows(const py::object& sessions, int64_t layer) {
+    const auto ids = integer_list(sessions, "rows: sessions");
+    RowTable table = unlocked([&] { return core_.rows(ids, layer); });
+    const auto num_rows = static_cast<py::ssize_t>(table.row_indptr.size());
+    const auto num_refs = static_cast<py::ssize_t>(table.page_refs.size());
+    return {to_numpy<int32_t>(std::move(table.row_indptr), {num_rows}),
+            to_numpy<int32_t>(std::move(table.page_refs), {num_refs, 4})};
+  }
+
+  py::dict stats() {
+    const AllocatorStats stats = unlocked([&] { return core_.stats(); });
+    return py::dict(py::arg("num_pages") = stats.num_pages,
+                    py::arg("num_free_pages") = stats.num_free_pages,
+                    py::arg("segment_pages") = stats.segment_pages,
+                    py::arg("session_global_pages") = stats.session_global_pages,
+                    py::arg("session_local_pages") = stats.session_local_pages,
+                    py::arg("shared_pages") = stats.shared_pages,
+                    py::arg("num_segments") = stats.num_segments,
+                    py::arg("num_sessions") = stats.num_sessions,
+                    py::arg("bytes_per_page") = stats.bytes_per_page);
+  }
+
+ private:
+  template <typename T>
+  std::vector<T> head_matrix(const py::object& given, const std::string& what) const {
+    return integers<T>(given,
+                       what,
+                       "integers [num_layers, num_kv_heads] = [" + std::to_string(num_layers_) +
+                           ", " + std::to_string(num_kv_heads_) + "]",
+                       {num_layers_, num_kv_heads_});
+  }
+
+  py::array per_head(std::vector<int64_t>&& slots) const {
+    const auto num_tokens = static_cast<py::ssize_t>(slots.size()) / num_kv_heads_;
+    return to_numpy<int64_t>(std::move(slots), {num_tokens, num_kv_heads_});
+  }
+
+  py::ssize_t num_layers_;
+  py::ssize_t num_kv_heads_;
+  bool poisons_;
+  SegmentAllocator core_;
+};
+
+// A method of the core that needs no conversion.
+template <typename Result, typename... Args>
+auto direct(Result (SegmentAllocator::*method)(Args...)) {
+  return [method](Allocator& self, Args... args) {
+    return unlocked([&] { return (self.core().*method)(args...); });
+  };
+}
+
+template <typename Result, typename... Args>
+auto direct(Result (SegmentAllocator::*method)(Args...) const) {
+  return [method](Allocator& self, Args... args) {
+    return unlocked([&] { return (self.core().*method)(args...); });
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_memory, module) {
+  module.doc() = "Pages, head segments and session rows of one device.";
+
+  // A plain Python exception, so that the attributes travel with it (pickle included).
+  py::object out_of_pages = py::reinterpret_steal<py::object>(
+      PyErr_NewExceptionWithDoc("redknot._memory.OutOfPages",
+                                "A call needs more pages than are free; it changed nothing.",
+                                PyExc_RuntimeError,
+                                nullptr));
+  if (!out_of_pages) throw py::error_already_set();
+  module.attr("OutOfPages") = out_of_pages;
+  out_of_pages_type = out_of_pages.release();
+
+  using py::arg;
+  py::class_<Allocator>(module, "SegmentAllocator")
+      .def(py::init<int32_t,
+                    int32_t,
+                    int32_t,
+                    int32_t,
+                    int64_t,
+                    const std::vector<RegionTuple>&,
+                    std::optional<bool>>(),
+           arg("num_layers"),
+           arg("num_kv_heads"),
+           arg("num_pages"),
+           arg("page_size"),
+           arg("bytes_per_page"),
+           arg("storage") = std::vector<RegionTuple>(),
+           arg("poison") = py::none())
+      .def_property_readonly("poisons_freed_pages", &Allocator::poisons)
+      .def("create_segment", &Allocator::create_segment, arg("num_tokens"), arg("first_position"))
+      .def("release_segment", direct(&SegmentAllocator::release_segment), arg("segment"))
+      .def("segment_slots", &Allocator::segment_slots, arg("segment"), arg("layer"))
+      .def("create_session", &Allocator::create_session, arg("windows"), arg("sinks"))
+      .def("release_session", direct(&SegmentAllocator::release_session), arg("session"))
+      .def("fork_session", direct(&SegmentAllocator::fork_session), arg("session"))
+      .def("session_length", direct(&SegmentAllocator::session_length), arg("session"))
+      .def("append_segment",
+           direct(&SegmentAllocator::append_segment),
+           arg("session"),
+           arg("segment"))
+      .def("append_tokens",
+           &Allocator::append_tokens,
+           arg("sessions"),
+           arg("num_tokens"),
+           arg("expire_first") = false)
+      .def("tail_slots", &Allocator::tail_slots, arg("session"), arg("layer"), arg("num_tokens"))
+      .def("make_writable", &Allocator::make_writable, arg("session"), arg("requests"))
+      .def("position_slots",
+           &Allocator::position_slots,
+           arg("session"),
+           arg("layer"),
+           arg("positions"))
+      .def("expire", direct(&SegmentAllocator::expire), arg("session"))
+      .def("truncate", direct(&SegmentAllocator::truncate), arg("session"), arg("length"))
+      .def("rows", &Allocator::rows, arg("sessions"), arg("layer"))
+      .def("session_pages", direct(&SegmentAllocator::session_pages), arg("session"))
+      .def(
+          "session_private_pages", direct(&SegmentAllocator::session_private_pages), arg("session"))
+      .def("free_pages", direct(&SegmentAllocator::free_pages))
+      .def("stats", &Allocator::stats);
+}
+
+}  // namespace redknot::binding
