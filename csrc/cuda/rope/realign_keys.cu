@@ -1,0 +1,169 @@
+// rope_realign: out = R(offset) k, of tokens [num_tokens, num_heads, head_dim] or inside pages.
+//
+//   out[a] = k[a] cos(offset f) - k[b] sin(offset f),  out[b] = k[b] cos(offset f) + k[a]
+//   sin(offset f) with (a, b) = (d, d + rotary_dim / 2), or (2 d, 2 d + 1) when interleaved, and f
+//   = inv_freq[d]
+//
+// A lane owns kSize neighbouring pairs, two vectors of a row, and keeps their sines and cosines in
+// registers while it walks a run of rows that share one offset (key_rows.h); lanes beyond the pairs
+// copy the dimensions that do not turn. A block is as wide as a row has pairs of vectors and 256 /
+// lanes groups high; runs are blockIdx.y, so that no index needs a division. Angles, sines and
+// products are fp32, rounded once. Without 16-byte alignment kSize is 1.
+#include "common/alignment.h"
+#include "common/element.cuh"
+#include "common/launch_shape.h"
+#include "kernels_cuda.h"
+#include "rope/key_rows.h"
+
+namespace redknot::gpu {
+namespace {
+
+// Rows whose loads are issued before the first store: k and out may be one tensor, which keeps the
+// compiler from moving a load over a store. Two vectors of two rows for 768 threads are 48 KiB in
+// flight per SM, twice what hides the latency of HBM.
+constexpr int kRowsInFlight = 2;
+// Left alone, the compiler takes 108 registers for bf16 on Hopper and halves the threads; at 3
+// blocks it needs no spill to stay within 80.
+constexpr int kBlocksPerSm = 3;
+
+// The two vectors of a row that a lane owns.
+template <typename T, int kSize>
+struct Columns {
+  Vector<T, kSize> first;
+  Vector<T, kSize> second;
+};
+
+template <int kSize>
+struct Angles {
+  float sine[kSize];
+  float cosine[kSize];
+
+  __device__ Angles(const float* inv_freq, int32_t offset) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      sincosf(static_cast<float>(offset) * inv_freq[i], &sine[i], &cosine[i]);
+    }
+  }
+};
+
+// Turns all pairs of the two vectors: element i of both, or neighbours within each.
+template <typename T, int kSize>
+__device__ Columns<T, kSize> rotate(const Columns<T, kSize>& columns,
+                                    const Angles<kSize>& angles,
+                                    bool interleaved) {
+  T in[2 * kSize];
+  T out[2 * kSize];
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    in[i] = columns.first.element[i];
+    in[kSize + i] = columns.second.element[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const float a = to_float(interleaved ? in[2 * i] : in[i]);
+    const float b = to_float(interleaved ? in[2 * i + 1] : in[kSize + i]);
+    out[i] = from_float<T>(a * angles.cosine[i] - b * angles.sine[i]);
+    out[kSize + i] = from_float<T>(b * angles.cosine[i] + a * angles.sine[i]);
+  }
+  Columns<T, kSize> turned;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    // Interleaved, column c of the two vectors together is half c % 2 of pair c / 2.
+    const int c = kSize + i;
+    turned.first.element[i] = interleaved ? out[i / 2 + (i % 2) * kSize] : out[i];
+    turned.second.element[i] = interleaved ? out[c / 2 + (c % 2) * kSize] : out[c];
+  }
+  return turned;
+}
+
+template <typename T, int kSize, typename Keys>
+__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerSm) realign_keys_kernel(Keys keys) {
+  using Access = Vector<T, kSize>;
+  const auto& params = keys.params;
+  const int64_t num_pairs = params.rotary_dim / 2 / kSize;
+  const int64_t num_columns = num_pairs + (params.head_dim - params.rotary_dim) / kSize;
+  const int64_t group_step = int64_t{gridDim.x} * blockDim.y;
+
+  for (int64_t group = int64_t{blockIdx.x} * blockDim.y + threadIdx.y; group < keys.num_groups();
+       group += group_step) {
+    const KeyRows rows = keys(group, blockIdx.y);
+    const T* k = static_cast<const T*>(keys.k()) + rows.k_begin;
+    T* out = static_cast<T*>(keys.out()) + rows.out_begin;
+    if (rows.num_rows <= 0) continue;
+
+    for (int64_t column = threadIdx.x; column < num_columns; column += blockDim.x) {
+      if (column >= num_pairs) {
+        const int64_t at = params.rotary_dim + (column - num_pairs) * kSize;
+        for (int64_t row = 0; row < rows.num_rows && k != out; ++row) {
+          *reinterpret_cast<Access*>(out + row * rows.out_stride + at) =
+              *reinterpret_cast<const Access*>(k + row * rows.k_stride + at);
+        }
+        continue;
+      }
+      const Angles<kSize> angles(params.inv_freq + column * kSize, rows.offset);
+      const int64_t first = (params.interleaved ? 2 : 1) * column * kSize;
+      const int64_t second = first + (params.interleaved ? kSize : params.rotary_dim / 2);
+      for (int64_t row = 0; row < rows.num_rows; row += kRowsInFlight) {
+        Columns<T, kSize> columns[kRowsInFlight];
+#pragma unroll
+        for (int i = 0; i < kRowsInFlight; ++i) {
+          if (row + i >= rows.num_rows) break;
+          const T* from = k + (row + i) * rows.k_stride;
+          columns[i].first = *reinterpret_cast<const Access*>(from + first);
+          columns[i].second = *reinterpret_cast<const Access*>(from + second);
+        }
+#pragma unroll
+        for (int i = 0; i < kRowsInFlight; ++i) {
+          if (row + i >= rows.num_rows) break;
+          const Columns<T, kSize> turned = rotate(columns[i], angles, params.interleaved);
+          T* to = out + (row + i) * rows.out_stride;
+          *reinterpret_cast<Access*>(to + first) = turned.first;
+          *reinterpret_cast<Access*>(to + second) = turned.second;
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int kSize, typename Keys>
+cudaError_t launch(const Keys& keys, cudaStream_t stream) {
+  const auto& params = keys.params;
+  const int64_t columns = (params.head_dim - params.rotary_dim / 2) / kSize;
+  const LaunchShape shape = streaming_shape(keys.num_groups(), columns);
+  const dim3 grid(shape.blocks, static_cast<uint32_t>(keys.num_runs()));
+  realign_keys_kernel<T, kSize><<<grid, dim3(shape.lanes, shape.rows), 0, stream>>>(keys);
+  return cudaGetLastError();
+}
+
+template <typename Keys>
+cudaError_t realign(const Keys& keys, bool is_aligned, cudaStream_t stream) {
+  const auto& params = keys.params;
+  if (keys.num_groups() == 0 || keys.num_runs() == 0 || params.head_dim == 0) return cudaSuccess;
+  // The second half of the rotated part must begin on a vector too.
+  is_aligned = is_aligned && params.rotary_dim / 2 * size_of(params.dtype) % kVectorBytes == 0;
+  return with_element(params.dtype, [&](auto element) {
+    using T = typename decltype(element)::type;
+    constexpr int kVectorSize = kVectorBytes / sizeof(T);
+    return is_aligned ? launch<T, kVectorSize>(keys, stream) : launch<T, 1>(keys, stream);
+  });
+}
+
+}  // namespace
+
+cudaError_t rope_realign(const RopeRealignParams& params, cudaStream_t stream) {
+  const bool is_aligned = are_vectors_aligned({params.k, params.out},
+                                              {params.k_token_stride,
+                                               params.k_head_stride,
+                                               params.out_token_stride,
+                                               params.out_head_stride},
+                                              size_of(params.dtype));
+  return realign(TokenKeys{params}, is_aligned, stream);
+}
+
+cudaError_t rope_realign_pages(const RopeRealignPagesParams& params, cudaStream_t stream) {
+  const bool is_aligned = are_vectors_aligned(
+      {params.k_cache}, {params.k_page_stride, params.k_slot_stride}, size_of(params.dtype));
+  return realign(PageKeys{params}, is_aligned, stream);
+}
+
+}  // namespace redknot::gpu
