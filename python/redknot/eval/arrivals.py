@@ -3,8 +3,8 @@
 A prompt is ``[BOS]``, several short documents and one question. Two kinds of fact occur:
 
 * a **direct** fact, ``Ulla lands 21:00 .``, is complete in itself;
-* a **relative** fact, ``Yngve follows Ulla +3h .``, points at a direct fact in an *earlier* document,
-  and ``When does Yngve arrive ?`` wants ``00:00`` (hours are added modulo 24).
+* a **relative** fact, ``Yngve follows Ulla +3h .``, points at a direct fact in an *earlier*
+  document, and ``When does Yngve arrive ?`` wants ``00:00`` (hours are added modulo 24).
 
 A model that has read the documents in order can know Yngve's hour at the token ``+3h``; a key/value
 cache of the second document computed alone cannot. So reusing documents that were cached
@@ -36,9 +36,7 @@ FOLLOW_VERBS = ("follows", "trails", "shadows")
 DOCUMENT_KINDS = ("Note", "Report", "Letter", "Memo")
 # The name stands two tokens before the question mark in every form.
 QUESTION_FORMS = ("When does {} arrive ?", "What time is {} due ?", "When will {} dock ?")
-PLACES = tuple(
-    "Bergen Porto Turku Ghent Izmir Leith Gdansk Varna Malmo Cadiz Brest Haifa".split()
-)
+PLACES = tuple("Bergen Porto Turku Ghent Izmir Leith Gdansk Varna Malmo Cadiz Brest Haifa".split())
 ADJECTIVES = tuple(
     "quiet rusty amber cold narrow bright wooden broken gentle heavy pale distant silver humid "
     "empty old".split()
@@ -175,7 +173,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, TOKEN_IDS[BOS])]
     )
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=core,
         bos_token=BOS,
         eos_token=EOS,
@@ -202,9 +200,7 @@ def make_prompt(
     relative_share
         How many of the facts are relative, from the second document on.
     """
-    return sample_prompt(
-        np.random.default_rng(seed), context_tokens, num_questions, relative_share
-    )
+    return sample_prompt(np.random.default_rng(seed), context_tokens, num_questions, relative_share)
 
 
 def sample_prompt(
@@ -316,11 +312,11 @@ def _draw_fact(
     if targets and rng.random() < relative_share:
         target = targets[int(rng.integers(len(targets)))]
         step = int(rng.integers(len(OFFSETS)))
-        sentence = (name, _pick(rng, FOLLOW_VERBS), target.name, OFFSETS[step], ".")
-        return _Fact(name, (target.hour + step + 1) % 24, document, target, sentence)
+        pointing = (name, _pick(rng, FOLLOW_VERBS), target.name, OFFSETS[step], ".")
+        return _Fact(name, (target.hour + step + 1) % 24, document, target, pointing)
     hour = int(rng.integers(24))
-    sentence = (name, _pick(rng, ARRIVAL_VERBS), HOURS[hour], ".")
-    return _Fact(name, hour, document, None, sentence)
+    stating = (name, _pick(rng, ARRIVAL_VERBS), HOURS[hour], ".")
+    return _Fact(name, hour, document, None, stating)
 
 
 def _filler_sentence(rng: np.random.Generator) -> tuple[str, ...]:

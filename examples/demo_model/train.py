@@ -1,0 +1,313 @@
+"""Train the demo model from scratch on one CPU thread.
+
+    python examples/demo_model/train.py --seed 1 --out DIR
+
+A stock ``LlamaForCausalLM`` learns the *arrivals* task (``redknot.eval.arrivals``). See README.md
+for the recipe and for what each part of the loss is there for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from init import Arranger
+from redknot.eval import arrivals
+from torch import Tensor
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+NUM_LAYERS, NUM_HEADS, HEAD_DIM, HIDDEN_DIM, FFN_DIM = 6, 8, 32, 128, 256
+ATTENTION = "sdpa_with_far_mass"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One length of prompt; the next stage starts when this one is mastered."""
+
+    context_tokens: int
+    batch_size: int
+    num_questions: int
+
+
+STAGES = (
+    Stage(64, 40, 5),
+    Stage(128, 20, 8),
+    Stage(256, 9, 14),
+    Stage(512, 4, 24),
+    Stage(1024, 2, 40),
+    Stage(2048, 1, 60),
+)
+GATE = 0.85  # moving accuracy of the worse kind of question
+MIN_STEPS_PER_STAGE = 50
+
+
+@dataclass
+class FarMass:
+    """Attention mass outside sink + window, on a few sampled rows, summed up while a model runs."""
+
+    window: int
+    sink_size: int
+    num_rows: int
+    generator: torch.Generator
+    rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    masses: list[Tensor] = field(default_factory=list)
+
+    def start(self, length: int) -> None:
+        self.rows = torch.randperm(length, generator=self.generator)[: self.num_rows]
+        self.masses = []
+
+    def observe(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Add one layer; query and key are [batch, heads, length, head_dim], rotated."""
+        keys = torch.arange(key.shape[2])
+        distance = self.rows[:, None] - keys
+        scores = query[:, :, self.rows] @ key.transpose(2, 3) * scaling
+        weights = scores.masked_fill(distance < 0, float("-inf")).softmax(-1)
+        far = (distance >= self.window) & (keys >= self.sink_size)
+        self.masses.append((weights * far).sum(-1).mean((0, 2)))
+
+    def per_head(self) -> Tensor:
+        """[num_layers, num_heads]."""
+        return torch.stack(self.masses)
+
+
+def build_model(seed: int, num_matching: int) -> LlamaForCausalLM:
+    ids = arrivals.TOKEN_IDS
+    config = LlamaConfig(
+        vocab_size=len(arrivals.VOCABULARY),
+        hidden_size=HIDDEN_DIM,
+        intermediate_size=FFN_DIM,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        bos_token_id=ids[arrivals.BOS],
+        eos_token_id=ids[arrivals.EOS],
+        pad_token_id=ids[arrivals.PAD],
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config)
+    Arranger(model, seed, num_matching).arrange()
+    return model
+
+
+def observe_attention(model: LlamaForCausalLM, probe: FarMass) -> None:
+    """Let every attention call of `model` also report to `probe`."""
+
+    def attention(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        if module.training:
+            probe.observe(query, key, scaling)
+        # Padding is on the right, so the causal mask is the only one that is needed.
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(ATTENTION, attention)
+    model.set_attn_implementation(ATTENTION)
+
+
+@dataclass
+class Losses:
+    total: Tensor
+    parts: dict[str, float]
+
+
+def compute_losses(
+    model: LlamaForCausalLM, batch: arrivals.Batch, probe: FarMass, args: argparse.Namespace
+) -> Losses:
+    tokens = torch.from_numpy(batch.token_ids)
+    roles = torch.from_numpy(batch.roles)[:, 1:]
+    known = torch.from_numpy(batch.known_hours)
+    probe.start(tokens.shape[1] - 1)
+    hidden = model.model(
+        input_ids=tokens[:, :-1], use_cache=False, output_hidden_states=True
+    ).hidden_states
+    targets = tokens[:, 1:]
+
+    def cross_entropy(where: Tensor) -> Tensor:
+        return F.cross_entropy(model.lm_head(hidden[-1][where]), targets[where])
+
+    # The answers.
+    asked = (roles == arrivals.ROLE_DIRECT) | (roles == arrivals.ROLE_RELATIVE)
+    logits = model.lm_head(hidden[-1][asked])
+    answer = F.cross_entropy(logits, targets[asked])
+    # Ordinary text on a quarter of the context, and how an answer ends.
+    sampled = (roles == arrivals.ROLE_CONTEXT) & (torch.rand(roles.shape) < 0.25)
+    text = cross_entropy(sampled | (roles == arrivals.ROLE_END))
+    # The hour a relative fact amounts to, readable half way up at its offset token.
+    first_hour = arrivals.TOKEN_IDS[arrivals.HOURS[0]]
+    hours = slice(first_hour, first_hour + len(arrivals.HOURS))
+    at_offset = known[:, :-1] >= 0
+    middle = model.model.norm(hidden[NUM_LAYERS // 2][at_offset])
+    stored_logits = F.linear(middle, model.lm_head.weight[hours])
+    stored_hours = known[:, :-1][at_offset] - first_hour
+    stored = F.cross_entropy(stored_logits, stored_hours)
+    # Every head pays for looking far; the root makes one busy head cheaper than two half busy ones.
+    mass = probe.per_head()
+    far = (mass + 1e-4).sqrt().sum()
+    total = answer + args.text_weight * text + args.stored_weight * stored + args.far_weight * far
+
+    correct = (logits.argmax(-1) == targets[asked]).float()
+    kinds = roles[asked]
+
+    def accuracy(role: int) -> float:
+        return correct[kinds == role].mean().item() if (kinds == role).any() else float("nan")
+
+    parts = {
+        "answer": answer.item(),
+        "text": text.item(),
+        "direct": accuracy(arrivals.ROLE_DIRECT),
+        "relative": accuracy(arrivals.ROLE_RELATIVE),
+        "stored": (stored_logits.argmax(-1) == stored_hours).float().mean().item(),
+        "far": mass.sum().item(),
+        "far_heads": float((mass > 0.01).sum()),
+    }
+    return Losses(total, parts)
+
+
+@torch.no_grad()
+def measure(model: LlamaForCausalLM, length: int, first_seed: int, count: int) -> dict[str, float]:
+    """Exact match by kind on prompts of their own seeds, one question at a time."""
+    hits: dict[str, list[bool]] = {"direct": [], "relative": []}
+    seed = first_seed
+    while sum(map(len, hits.values())) < count:
+        prompt = arrivals.make_prompt(seed, length, 16)
+        seed += 1
+        context = [arrivals.TOKEN_IDS[arrivals.BOS]]
+        for document in prompt.documents:
+            context += arrivals.encode(document)
+        for question in prompt.questions:
+            ids = torch.tensor([context + arrivals.encode(question.text)])
+            predicted = model(input_ids=ids, logits_to_keep=1).logits[0, -1].argmax().item()
+            hits[question.kind].append(predicted == arrivals.TOKEN_IDS[question.answer])
+    every = hits["direct"] + hits["relative"]
+    named = {"exact_match": every, **hits}
+    return {
+        "questions": len(every),
+        **{kind: round(float(np.mean(values)), 4) for kind, values in named.items()},
+    }
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Warm up over 60 steps; from 60 % of the steps on fall linearly, to 3 %."""
+    remaining = 1 - step / args.steps
+    return args.lr * min(1.0, (step + 1) / 60) * min(1.0, max(0.03, remaining / 0.4))
+
+
+def train(model: LlamaForCausalLM, args: argparse.Namespace) -> dict[str, float]:
+    probe = FarMass(args.far_window, 4, 64, torch.Generator().manual_seed(args.seed))
+    observe_attention(model, probe)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": 0.05},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    # A pair of numbers, so that no prompt seed of calibration or evaluation gives this stream.
+    rng = np.random.default_rng((7, args.seed))
+    stage, moving, steps_in_stage, num_tokens = 0, 0.0, 0, 0
+    started = time.time()
+    history: list[dict[str, float]] = []
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        now = STAGES[stage]
+        batch = arrivals.make_batch(rng, now.batch_size, now.context_tokens, now.num_questions)
+        losses = compute_losses(model, batch, probe, args)
+        optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        num_tokens += batch.token_ids.size
+        history.append(losses.parts)
+        worse = min(losses.parts["direct"], losses.parts["relative"])
+        if worse == worse:
+            moving = 0.95 * moving + 0.05 * worse
+            steps_in_stage += 1
+        minutes = (time.time() - started) / 60
+        if (step + 1) % 25 == 0:
+            shown = {
+                name: float(np.nanmean([parts[name] for parts in history])) for name in history[0]
+            }
+            line = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
+            print(f"step {step + 1} {minutes:.1f} min ctx {now.context_tokens} {line}", flush=True)
+            history = []
+        last = stage == len(STAGES) - 1
+        if moving > GATE and steps_in_stage >= MIN_STEPS_PER_STAGE and not last:
+            stage, moving, steps_in_stage = stage + 1, 0.0, 0
+            print(f"stage {STAGES[stage]} from step {step + 1}, {minutes:.1f} min", flush=True)
+            model.save_pretrained(args.out)
+    return {
+        "steps": args.steps,
+        "tokens": num_tokens,
+        "minutes": round((time.time() - started) / 60, 1),
+        "last_stage_context_tokens": STAGES[stage].context_tokens,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--num-matching", type=int, default=4, help="matching heads per layer")
+    parser.add_argument("--text-weight", type=float, default=0.1)
+    parser.add_argument("--stored-weight", type=float, default=0.5)
+    parser.add_argument("--far-weight", type=float, default=0.01)
+    parser.add_argument("--far-window", type=int, default=32)
+    parser.add_argument("--eval-questions", type=int, default=200)
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    model = build_model(args.seed, args.num_matching)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
+    result: dict[str, object] = {"seed": args.seed, **train(model, args)}
+
+    model.eval().half().float()  # measure what is shipped
+    model.set_attn_implementation("sdpa")
+    result["dense"] = {
+        str(length): measure(model, length, 150_000, args.eval_questions)
+        for length in (256, 512, 1024, 2048)
+    }
+    for length, numbers in result["dense"].items():  # type: ignore[attr-defined]
+        print(length, numbers, flush=True)
+    model.half().save_pretrained(args.out)
+    arrivals.build_tokenizer().save_pretrained(args.out)
+    result |= {
+        "command": "python examples/demo_model/train.py " + " ".join(sys.argv[1:]),
+        "date": datetime.date.today().isoformat(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "numpy": np.__version__,
+        },
+    }
+    (args.out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
