@@ -8,7 +8,8 @@
 // registers while it walks a run of rows that share one offset (key_rows.h); lanes beyond the pairs
 // copy the dimensions that do not turn. A block is as wide as a row has pairs of vectors and 256 /
 // lanes groups high; runs are blockIdx.y, so that no index needs a division. Angles, sines and
-// products are fp32, rounded once. Without 16-byte alignment kSize is 1.
+// products are fp32, rounded once. kSize is 1 without 16-byte alignment, and for interleaved pairs:
+// no family of models that redknot attaches to has those.
 #include "common/alignment.h"
 #include "common/element.cuh"
 #include "common/launch_shape.h"
@@ -22,9 +23,6 @@ namespace {
 // compiler from moving a load over a store. Two vectors of two rows for 768 threads are 48 KiB in
 // flight per SM, twice what hides the latency of HBM.
 constexpr int kRowsInFlight = 2;
-// Left alone, the compiler takes 108 registers for bf16 on Hopper and halves the threads; at 3
-// blocks it needs no spill to stay within 80.
-constexpr int kBlocksPerSm = 3;
 
 // The two vectors of a row that a lane owns.
 template <typename T, int kSize>
@@ -33,51 +31,38 @@ struct Columns {
   Vector<T, kSize> second;
 };
 
+// Angles are rounded to fp32, as everywhere, and then taken exactly: whole turns go in fp64, which
+// is right for any position, and sincospif has no slow path for large arguments, whose registers
+// and local memory sincosf costs every caller.
 template <int kSize>
 struct Angles {
   float sine[kSize];
   float cosine[kSize];
 
   __device__ Angles(const float* inv_freq, int32_t offset) {
+    constexpr double kTurnsPerRadian = 0.15915494309189535;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      sincosf(static_cast<float>(offset) * inv_freq[i], &sine[i], &cosine[i]);
+      const float angle = static_cast<float>(offset) * inv_freq[i];
+      const double turns = angle * kTurnsPerRadian;
+      sincospif(2.0f * static_cast<float>(turns - rint(turns)), &sine[i], &cosine[i]);
     }
   }
 };
 
-// Turns all pairs of the two vectors: element i of both, or neighbours within each.
 template <typename T, int kSize>
-__device__ Columns<T, kSize> rotate(const Columns<T, kSize>& columns,
-                                    const Angles<kSize>& angles,
-                                    bool interleaved) {
-  T in[2 * kSize];
-  T out[2 * kSize];
+__device__ void rotate(Columns<T, kSize>& columns, const Angles<kSize>& angles) {
 #pragma unroll
   for (int i = 0; i < kSize; ++i) {
-    in[i] = columns.first.element[i];
-    in[kSize + i] = columns.second.element[i];
+    const float a = to_float(columns.first.element[i]);
+    const float b = to_float(columns.second.element[i]);
+    columns.first.element[i] = from_float<T>(a * angles.cosine[i] - b * angles.sine[i]);
+    columns.second.element[i] = from_float<T>(b * angles.cosine[i] + a * angles.sine[i]);
   }
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    const float a = to_float(interleaved ? in[2 * i] : in[i]);
-    const float b = to_float(interleaved ? in[2 * i + 1] : in[kSize + i]);
-    out[i] = from_float<T>(a * angles.cosine[i] - b * angles.sine[i]);
-    out[kSize + i] = from_float<T>(b * angles.cosine[i] + a * angles.sine[i]);
-  }
-  Columns<T, kSize> turned;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
-    // Interleaved, column c of the two vectors together is half c % 2 of pair c / 2.
-    const int c = kSize + i;
-    turned.first.element[i] = interleaved ? out[i / 2 + (i % 2) * kSize] : out[i];
-    turned.second.element[i] = interleaved ? out[c / 2 + (c % 2) * kSize] : out[c];
-  }
-  return turned;
 }
 
 template <typename T, int kSize, typename Keys>
-__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerSm) realign_keys_kernel(Keys keys) {
+__global__ void __launch_bounds__(kThreadsPerBlock) realign_keys_kernel(Keys keys) {
   using Access = Vector<T, kSize>;
   const auto& params = keys.params;
   const int64_t num_pairs = params.rotary_dim / 2 / kSize;
@@ -102,7 +87,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerSm) realign_keys_k
       }
       const Angles<kSize> angles(params.inv_freq + column * kSize, rows.offset);
       const int64_t first = (params.interleaved ? 2 : 1) * column * kSize;
-      const int64_t second = first + (params.interleaved ? kSize : params.rotary_dim / 2);
+      const int64_t second = first + (params.interleaved ? 1 : params.rotary_dim / 2);
       for (int64_t row = 0; row < rows.num_rows; row += kRowsInFlight) {
         Columns<T, kSize> columns[kRowsInFlight];
 #pragma unroll
@@ -115,10 +100,10 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerSm) realign_keys_k
 #pragma unroll
         for (int i = 0; i < kRowsInFlight; ++i) {
           if (row + i >= rows.num_rows) break;
-          const Columns<T, kSize> turned = rotate(columns[i], angles, params.interleaved);
+          rotate(columns[i], angles);
           T* to = out + (row + i) * rows.out_stride;
-          *reinterpret_cast<Access*>(to + first) = turned.first;
-          *reinterpret_cast<Access*>(to + second) = turned.second;
+          *reinterpret_cast<Access*>(to + first) = columns[i].first;
+          *reinterpret_cast<Access*>(to + second) = columns[i].second;
         }
       }
     }
@@ -140,7 +125,8 @@ cudaError_t realign(const Keys& keys, bool is_aligned, cudaStream_t stream) {
   const auto& params = keys.params;
   if (keys.num_groups() == 0 || keys.num_runs() == 0 || params.head_dim == 0) return cudaSuccess;
   // The second half of the rotated part must begin on a vector too.
-  is_aligned = is_aligned && params.rotary_dim / 2 * size_of(params.dtype) % kVectorBytes == 0;
+  is_aligned = is_aligned && !params.interleaved &&
+               params.rotary_dim / 2 * size_of(params.dtype) % kVectorBytes == 0;
   return with_element(params.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     constexpr int kVectorSize = kVectorBytes / sizeof(T);
