@@ -46,7 +46,7 @@ class CMakeBuild(build_ext):
         cmake = find_tool("cmake", "CMAKE_BIN_DIR", "cmake")
         ninja = find_tool("ninja", "BIN_DIR", "ninja-build")
         tree = build_tree(in_place=bool(self.inplace))
-        destination = (ROOT / "python" if self.inplace else Path(self.build_lib).resolve()) / "redknot"
+        package_root = ROOT / "python" if self.inplace else Path(self.build_lib).resolve()
         configure = [
             cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}", "-DREDKNOT_CUDA=AUTO",
@@ -59,7 +59,7 @@ class CMakeBuild(build_ext):
         for command in (
             configure,
             [cmake, "--build", str(tree), "--parallel", jobs],
-            [cmake, "--install", str(tree), "--prefix", str(destination)],
+            [cmake, "--install", str(tree), "--prefix", str(package_root / "redknot")],
         ):
             try:
                 subprocess.run(command, check=True)

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
+#include "cuda/common/host_device.h"
 
 namespace redknot::gpu {
 

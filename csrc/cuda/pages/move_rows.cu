@@ -5,10 +5,10 @@
 // accesses and 256 / lanes rows high. A lane has its K and its V load in flight together: 64 KiB
 // per SM with 16-byte accesses, about three times what hides the latency of HBM. Nothing is shared
 // between rows. Without 16-byte alignment a lane moves one element at a time.
-#include "common/alignment.h"
-#include "common/launch_shape.h"
-#include "kernels_cuda.h"
-#include "pages/row_moves.h"
+#include "cuda/common/alignment.h"
+#include "cuda/common/launch_shape.h"
+#include "cuda/kernels_cuda.h"
+#include "cuda/pages/row_moves.h"
 
 namespace redknot::gpu {
 namespace {

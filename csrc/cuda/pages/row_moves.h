@@ -2,8 +2,8 @@
 
 #include <cstdint>
 
-#include "common/divide.h"
-#include "common/host_device.h"
+#include "cuda/common/divide.h"
+#include "cuda/common/host_device.h"
 #include "redknot/pages.h"
 
 namespace redknot::gpu {

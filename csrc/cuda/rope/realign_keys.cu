@@ -10,11 +10,11 @@
 // lanes groups high; runs are blockIdx.y, so that no index needs a division. Angles, sines and
 // products are fp32, rounded once. kSize is 1 without 16-byte alignment, and for interleaved pairs:
 // no family of models that redknot attaches to has those.
-#include "common/alignment.h"
-#include "common/element.cuh"
-#include "common/launch_shape.h"
-#include "kernels_cuda.h"
-#include "rope/key_rows.h"
+#include "cuda/common/alignment.h"
+#include "cuda/common/element.cuh"
+#include "cuda/common/launch_shape.h"
+#include "cuda/kernels_cuda.h"
+#include "cuda/rope/key_rows.h"
 
 namespace redknot::gpu {
 namespace {
