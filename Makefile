@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The commands here are about the CPU, so that nvcc does not slow them; `make cuda-check` has its
 # own tree. A build with kernels for the GPU of this machine: make demo CUDA=ON
 CUDA ?= OFF
+export CMAKE_ARGS := -DREDKNOT_CUDA=$(CUDA) -DREDKNOT_WERROR=ON
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= $(shell nproc)
@@ -44,12 +45,11 @@ $(VENV)/.pins: constraints.txt pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed: setup.py $(VENV)/.pins
-	CMAKE_ARGS=-DREDKNOT_CUDA=$(CUDA) \
-	  $(PIP) -c constraints.txt --no-build-isolation -e '.[test,dev,plot]'
+	$(PIP) -c constraints.txt --no-build-isolation -e '.[test,dev,plot]'
 	touch $@
 
 $(VENV)/.native: $(NATIVE) $(VENV)/.installed
-	CMAKE_ARGS=-DREDKNOT_CUDA=$(CUDA) $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 build: $(VENV)/.native
@@ -62,7 +62,8 @@ test: lint test-cpp test-python
 
 test-cpp: $(VENV)/.pins
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DREDKNOT_SANITIZE=ON -DREDKNOT_BUILD_TESTS=ON -DREDKNOT_BUILD_PYTHON=OFF -DREDKNOT_CUDA=OFF
+	  -DREDKNOT_SANITIZE=ON -DREDKNOT_BUILD_TESTS=ON -DREDKNOT_BUILD_PYTHON=OFF \
+	  -DREDKNOT_CUDA=OFF -DREDKNOT_WERROR=ON
 	$(BIN)/cmake --build build/sanitize --parallel $(JOBS)
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel $(JOBS)
 
@@ -97,6 +98,8 @@ test-transformers: build
 	  "transformers==$(VERSION)"
 	PYTHONPATH=python $(TRANSFORMERS_VENV)/bin/python -m pytest -m transformers $(PYTEST_ARGS)
 
+# What a user's pip builds: CUDA where nvcc is, warnings are no errors.
+wheel: export CMAKE_ARGS :=
 wheel: $(VENV)/.installed
 	$(BIN)/python -m build --outdir dist .
 

@@ -80,7 +80,11 @@ def test_cpp_room_includes_only_rooms_to_its_left(room: str) -> None:
     for path in files_in(room):
         for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), re.MULTILINE):
             beside = (path.parent / name).resolve()
-            roots = [ROOT / folder for folder in CPP_ROOMS[room]] + [ROOT / "include"]
+            roots = [
+                ROOT / "include",
+                ROOT / "csrc",
+                *(ROOT / folder for folder in CPP_ROOMS[room]),
+            ]
             candidates = [beside, *((root / name).resolve() for root in roots)]
             homes = [str(c.relative_to(ROOT)) for c in candidates if c.is_file()]
             if not any(home.startswith(f"{f}/") for home in homes for f in CPP_ROOMS[room]):
@@ -117,7 +121,10 @@ def test_no_file_is_over_the_hard_limit() -> None:
 def test_the_version_stands_in_pyproject_alone() -> None:
     version = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.M)
     assert version
-    patterns = [r"__version__\s*=\s*[\"']\d", rf"redknot[^\n]{{0,20}}\b{re.escape(version[1])}\b"]
+    patterns = [
+        r"__version__\s*=\s*[\"']\d+\.\d",
+        rf"redknot[^\n]{{0,20}}\b{re.escape(version[1])}\b",
+    ]
     found = []
     for folder in ["python", "csrc", "include", "cmake"]:
         for path in (ROOT / folder).rglob("*"):

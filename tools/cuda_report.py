@@ -1,0 +1,155 @@
+"""Reads what ptxas and cuobjdump say about kernels, and judges it. No tool is run here."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["RULES", "Kernel", "Rule", "judge", "parse_ptxas", "parse_sass", "table"]
+
+
+@dataclass
+class Kernel:
+    """One kernel as compiled for one architecture; sizes in bytes, instructions by opcode."""
+
+    name: str
+    arch: str
+    registers: int = 0
+    shared: int = 0
+    stack: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    opcodes: Counter[str] = field(default_factory=Counter)
+
+    def count(self, instruction: str) -> int:
+        """Instructions whose opcode has every dotted part of `instruction`: "LDG.128"."""
+        parts = set(instruction.split("."))
+        return sum(n for opcode, n in self.opcodes.items() if parts <= set(opcode.split(".")))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Kernels whose readable name matches `kernel` must contain each of `instructions`."""
+
+    kernel: str
+    instructions: tuple[str, ...]
+
+
+# What a kernel was written for, so that a refactoring cannot lose it silently. A rule that matches
+# no kernel is an error too.
+RULES = (
+    Rule(r"^move_rows_kernel<uint4,", ("LDG.128", "STG.128")),
+    Rule(r"^realign_keys_kernel<(float, 4|__nv_bfloat16, 8|__half, 8),", ("LDG.128", "STG.128")),
+)
+# Worth a column of the table where present.
+NOTABLE = ("LDG.128", "STG.128", "LDGSTS", "LDSM", "HMMA", "HGMMA", "UTMALDG", "UTMASTG")
+
+KernelKey = tuple[str, str]
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
+def parse_ptxas(log: str) -> dict[KernelKey, Kernel]:
+    """Kernels by (mangled name, arch) out of what `-Xptxas=-v` printed; other lines are ignored."""
+    kernels: dict[KernelKey, Kernel] = {}
+    current: Kernel | None = None
+    in_properties = False
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
+            current = Kernel(match[1], match[2])
+            kernels[match[1], match[2]] = current
+        elif match := re.search(r"Function properties for (\w+)", line):
+            # Functions that a kernel calls have properties of their own; theirs are not its.
+            in_properties = current is not None and match[1] == current.name
+        elif current is None:
+            continue
+        elif in_properties and (
+            match := re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+            )
+        ):
+            current.stack, current.spill_stores, current.spill_loads = map(int, match.groups())
+            in_properties = False
+        elif match := re.search(r"Used (\d+) registers", line):
+            current.registers = int(match[1])
+            shared = re.search(r"(\d+) bytes smem", line)
+            current.shared = int(shared[1]) if shared else 0
+    return kernels
+
+
+def parse_sass(dump: str) -> dict[KernelKey, Counter[str]]:
+    """Opcode counts by (mangled name, arch) out of `cuobjdump -sass`."""
+    found: dict[KernelKey, Counter[str]] = {}
+    arch = ""
+    opcodes: Counter[str] = Counter()
+    for line in dump.splitlines():
+        if match := re.match(r"\s*code for sm_(\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            opcodes = found.setdefault((match[1], arch), Counter())
+        elif match := re.match(
+            r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", line
+        ):
+            opcodes[match[1]] += 1
+    return found
+
+
+def readable(demangled: str) -> str:
+    """`void redknot::gpu::(anonymous namespace)::f<T>(Args)` as `f<T>`."""
+    name = re.sub(r"\(anonymous namespace\)::|redknot::|gpu::|^void ", "", demangled)
+    return re.sub(r"\([^()]*\)$", "", name)
+
+
+def judge(
+    kernels: Iterable[Kernel], archs: Iterable[str], rules: Iterable[Rule] = RULES
+) -> list[str]:
+    """What is wrong, one line each; `kernels` carry readable names."""
+    kernels = list(kernels)
+    problems = []
+    for arch in sorted(set(archs) - {kernel.arch for kernel in kernels}):
+        problems.append(f"no kernel was compiled for sm_{arch}")
+    for kernel in kernels:
+        where = f"{kernel.name} (sm_{kernel.arch})"
+        if spilled := kernel.spill_stores + kernel.spill_loads:
+            problems.append(f"{where} spills {spilled} bytes of registers")
+        if local := kernel.count("LDL") + kernel.count("STL"):
+            problems.append(f"{where} accesses local memory: {local} instructions")
+    for rule in rules:
+        matching = [kernel for kernel in kernels if re.search(rule.kernel, kernel.name)]
+        if not matching:
+            problems.append(f"no kernel matches {rule.kernel}")
+        problems += [
+            f"{kernel.name} (sm_{kernel.arch}) has no {instruction}"
+            for kernel in matching
+            for instruction in rule.instructions
+            if not kernel.count(instruction)
+        ]
+    return problems
+
+
+def table(kernels: Iterable[Kernel]) -> str:
+    """Resources and notable instructions, a line per kernel and architecture."""
+    header = ("kernel", "arch", "registers", "shared", "stack", "spills", "instructions")
+    rows = [header]
+    for kernel in sorted(kernels, key=lambda k: (k.name, k.arch)):
+        counts: Mapping[str, int] = {name: kernel.count(name) for name in NOTABLE}
+        rows.append(
+            (
+                kernel.name,
+                f"sm_{kernel.arch}",
+                str(kernel.registers),
+                str(kernel.shared),
+                str(kernel.stack),
+                str(kernel.spill_stores + kernel.spill_loads),
+                " ".join(f"{name}:{n}" for name, n in counts.items() if n),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if 2 <= column <= 5 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
