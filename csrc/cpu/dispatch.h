@@ -1,0 +1,59 @@
+#pragma once
+
+#include <cstdint>
+
+#include "redknot/attention.h"
+#include "redknot/ffn.h"
+#include "redknot/planner.h"
+#include "redknot/rope.h"
+#include "redknot/select.h"
+
+namespace redknot::cpu {
+
+// cos and sin of (offset * inv_freq) for every distinct rotation offset of a call, ascending.
+struct RotationTable {
+  const int32_t* offsets = nullptr;  // [num_offsets]
+  const float* cos = nullptr;        // [num_offsets, rotary_dim / 2]
+  const float* sin = nullptr;        // [num_offsets, rotary_dim / 2]
+  int64_t num_offsets = 0;
+};
+
+// The functions that are compiled once per instruction set. Each works on a range of rows (tokens,
+// items) that the launcher gives to one thread.
+struct Kernels {
+  int64_t (*attention_scratch_bytes)(const SegPagedAttentionParams& params);
+  void (*attention_item)(const SegPagedAttentionParams& params,
+                         const RotationTable& rotations,
+                         const WorkItem& item,
+                         void* scratch);
+  // Merges the partial results of one tile; `item` is its first split.
+  void (*attention_merge)(const SegPagedAttentionParams& params, const WorkItem& item);
+  // Turns one row: out = R k with R given by cos, sin [rotary_dim / 2].
+  void (*rope_row)(const void* k,
+                   void* out,
+                   const float* cos,
+                   const float* sin,
+                   int64_t head_dim,
+                   int64_t rotary_dim,
+                   DType dtype,
+                   bool interleaved);
+  void (*token_importance)(const TokenImportanceParams& params, int64_t begin, int64_t end);
+  void (*gather_norm)(const GatherNormParams& params, int64_t begin, int64_t end);
+  void (*gated_silu)(const GatedSiluParams& params, int64_t begin, int64_t end);
+  void (*scatter_add)(const ScatterAddParams& params, int64_t begin, int64_t end);
+};
+
+// The table in use; chosen once from cpuid, or by use_isa().
+const Kernels& kernels();
+
+namespace isa_default {
+extern const Kernels kKernels;
+}
+namespace isa_avx2 {
+extern const Kernels kKernels;
+}
+namespace isa_avx512 {
+extern const Kernels kKernels;
+}
+
+}  // namespace redknot::cpu

@@ -1,0 +1,93 @@
+// seg_paged_attention, one work item at a time: out = softmax(Q K^T * scale) V over the pages of a
+// row, online, in the order of the pages. Many query rows go through PanelAttention, few (decode)
+// through RowAttention. A split leaves its sums in the workspace; attention_merge adds them in
+// order.
+#include "attention.h"
+
+#include "panel_attention.h"
+#include "row_attention.h"
+
+namespace redknot::cpu::REDKNOT_ISA {
+namespace {
+
+// A tile with fewer query rows than lanes would leave lanes idle in a panel.
+bool use_rows(int64_t query_rows) { return query_rows < kLanes; }
+
+template <typename T, template <typename> class Attention>
+void run(const SegPagedAttentionParams& params,
+         const Queries<T>& queries,
+         const WorkItem& item,
+         float* scratch) {
+  Attention<T> attention(params, queries, scratch);
+  for_each_key_tile<T>(params, queries, item, [&](KeyTile& tile) { attention.consume(tile); });
+  if (item.num_splits == 1) {
+    attention.write_out();
+  } else {
+    attention.write_partial(Partial(params, item.partial));
+  }
+}
+
+}  // namespace
+
+int64_t attention_scratch_bytes(const SegPagedAttentionParams& params) {
+  const int64_t group = params.group_size();
+  const int64_t rows = tile_tokens(group) * group;
+  return dispatch_dtype(params.pool.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t head_dim = params.pool.head_dim;
+    return int64_t{sizeof(float)} *
+           std::max(PanelAttention<T>::scratch_floats(rows, head_dim),
+                    RowAttention<T>::scratch_floats(std::min<int64_t>(rows, kLanes), head_dim));
+  });
+}
+
+void attention_item(const SegPagedAttentionParams& params,
+                    const RotationTable& rotations,
+                    const WorkItem& item,
+                    void* scratch) {
+  dispatch_dtype(params.pool.dtype, [&](auto element) {
+    using T = decltype(element);
+    const Queries<T> queries(params, rotations, item);
+    auto* floats = static_cast<float*>(scratch);
+    if (use_rows(queries.rows())) {
+      run<T, RowAttention>(params, queries, item, floats);
+    } else {
+      run<T, PanelAttention>(params, queries, item, floats);
+    }
+  });
+}
+
+void attention_merge(const SegPagedAttentionParams& params, const WorkItem& item) {
+  dispatch_dtype(params.pool.dtype, [&](auto element) {
+    using T = decltype(element);
+    const Queries<T> queries(params, {}, item);
+    const int64_t head_dim = params.pool.head_dim;
+    for (int64_t m = 0; m < queries.rows(); ++m) {
+      float max = -kInf;
+      for (int32_t s = 0; s < item.num_splits; ++s) {
+        max = std::max(max, Partial(params, item.partial + s).max[m]);
+      }
+      const float base = max == -kInf ? 0.0f : max;
+      const auto weight = [&](int32_t s) {
+        const float split_max = Partial(params, item.partial + s).max[m];
+        return split_max == -kInf ? 0.0f : __builtin_exp2f(split_max - base);
+      };
+      float sum = 0.0f;
+      for (int32_t s = 0; s < item.num_splits; ++s) {
+        sum += weight(s) * Partial(params, item.partial + s).denominators[m];
+      }
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      T* out = queries.out(m);
+      for (int64_t d = 0; d < head_dim; ++d) {
+        float value = 0.0f;
+        for (int32_t s = 0; s < item.num_splits; ++s) {
+          value += weight(s) * Partial(params, item.partial + s).sums[m * head_dim + d];
+        }
+        from_float(value * inverse, out + d);
+      }
+      queries.write_lse(m, max, sum);
+    }
+  });
+}
+
+}  // namespace redknot::cpu::REDKNOT_ISA

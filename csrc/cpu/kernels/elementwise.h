@@ -1,0 +1,23 @@
+#pragma once
+
+#include <cstdint>
+
+#include "redknot/ffn.h"
+#include "redknot/select.h"
+
+namespace redknot::cpu::REDKNOT_ISA {
+
+void rope_row(const void* k,
+              void* out,
+              const float* cos,
+              const float* sin,
+              int64_t head_dim,
+              int64_t rotary_dim,
+              DType dtype,
+              bool interleaved);
+void token_importance(const TokenImportanceParams& params, int64_t begin, int64_t end);
+void gather_norm(const GatherNormParams& params, int64_t begin, int64_t end);
+void gated_silu(const GatedSiluParams& params, int64_t begin, int64_t end);
+void scatter_add(const ScatterAddParams& params, int64_t begin, int64_t end);
+
+}  // namespace redknot::cpu::REDKNOT_ISA

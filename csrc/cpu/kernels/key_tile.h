@@ -1,0 +1,70 @@
+#pragma once
+
+// Keys are taken where they lie: a tile is a list of pointers to at most kTileKeys valid slots that
+// some query of the item may see, all with the same rotation offset. Slots past num_valid are never
+// touched, so whatever a free page holds cannot leak.
+#include "../dispatch.h"
+#include "vec.h"
+
+namespace redknot::cpu::REDKNOT_ISA {
+
+// With 64 query rows the fp32 scores of a tile take 32 KiB.
+inline constexpr int kTileKeys = 128;
+
+struct KeyTile {
+  int count = 0;
+  int32_t offset = 0;
+  const char* k[kTileKeys];
+  const char* v[kTileKeys];
+  int32_t positions[kTileKeys];
+
+  int32_t first_position() const { return positions[0]; }
+  int32_t last_position() const { return positions[count - 1]; }
+};
+
+// Calls visit(tile) for the keys of [ref_begin, ref_end) that the queries may see, in order.
+template <typename T, typename Queries, typename Visit>
+inline void for_each_key_tile(const SegPagedAttentionParams& params,
+                              const Queries& queries,
+                              const WorkItem& item,
+                              Visit&& visit) {
+  const PagePool& pool = params.pool;
+  KeyTile tile;
+  const auto flush = [&] {
+    if (tile.count > 0) visit(tile);
+    tile.count = 0;
+  };
+  for (int64_t r = item.ref_begin; r < item.ref_end; ++r) {
+    const PageRef& ref = params.page_refs[r];
+    if (ref.first_position > queries.last_position()) break;
+    const SlotRange slots = visible_slots(
+        ref, queries.first_position(), queries.last_position(), queries.window(), queries.sink());
+    if (slots.begin == slots.end) continue;
+    if (ref.rotation_offset != tile.offset) flush();
+    tile.offset = ref.rotation_offset;
+    for (int32_t slot = slots.begin; slot < slots.end; ++slot) {
+      tile.k[tile.count] = reinterpret_cast<const char*>(static_cast<const T*>(pool.k) +
+                                                         pool.k_offset(ref.page, slot));
+      tile.v[tile.count] = reinterpret_cast<const char*>(static_cast<const T*>(pool.v) +
+                                                         pool.v_offset(ref.page, slot));
+      tile.positions[tile.count] = ref.first_position + slot;
+      if (++tile.count == kTileKeys) flush();
+    }
+  }
+  flush();
+}
+
+// Rows of T as rows of fp32, for machines that cannot multiply T.
+template <typename T>
+inline void widen_rows(const char** rows, int count, int64_t head_dim, float* out) {
+  for (int i = 0; i < count; ++i) {
+    const T* row = reinterpret_cast<const T*>(rows[i]);
+    float* wide = out + i * head_dim;
+    int64_t d = 0;
+    for (; d + kLanes <= head_dim; d += kLanes) store(wide + d, load(row + d));
+    for (; d < head_dim; ++d) wide[d] = to_float(row[d]);
+    rows[i] = reinterpret_cast<const char*>(wide);
+  }
+}
+
+}  // namespace redknot::cpu::REDKNOT_ISA

@@ -1,0 +1,250 @@
+#pragma once
+
+// Many query rows (prefill). Rows lie on the lanes, in panels of up to kMaxWidth vectors; for every
+// tile of keys and every panel: scores^T = K Q^T, mask, one step of the online softmax,
+// O^T = O^T * rescale + V^T P^T. A tile of keys serves all panels while it is in cache.
+#include <type_traits>
+
+#include "block_gemm.h"
+#include "key_tile.h"
+#include "queries.h"
+
+namespace redknot::cpu::REDKNOT_ISA {
+
+template <typename T>
+class PanelAttention {
+ public:
+  using Mac = typename MacOf<T>::Type;
+  static constexpr bool kWiden = !std::is_same_v<typename Mac::Element, T>;
+  static constexpr int kPanelRows = kMaxWidth * kLanes;
+
+  static int64_t scratch_floats(int64_t rows, int64_t head_dim) {
+    const int64_t lanes = (rows + kPanelRows - 1) / kPanelRows * kPanelRows;
+    return lanes * (2 * head_dim + 4) + kTileKeys * (kPanelRows + 2 * head_dim) + head_dim + kLanes;
+  }
+
+  PanelAttention(const SegPagedAttentionParams& params, const Queries<T>& queries, float* scratch)
+      : queries_(queries),
+        head_dim_(params.pool.head_dim),
+        depth_(head_dim_ / Mac::kPerWord),
+        scale_(params.softmax_scale * kLog2e),
+        num_panels_((queries.rows() + kPanelRows - 1) / kPanelRows) {
+    const auto take = [&scratch](int64_t count) {
+      float* begin = scratch;
+      scratch += (count + kLanes - 1) / kLanes * kLanes;
+      return begin;
+    };
+    const int64_t lanes = num_panels_ * kPanelRows;
+    q_ = take(lanes * depth_);
+    out_ = take(lanes * head_dim_);
+    max_ = take(lanes);
+    sum_ = take(lanes);
+    position_ = reinterpret_cast<int32_t*>(take(lanes));
+    window_begin_ = reinterpret_cast<int32_t*>(take(lanes));
+    scores_ = take(kTileKeys * kPanelRows);
+    wide_k_ = take(kWiden ? kTileKeys * head_dim_ : 0);
+    values_ = take(kTileKeys * head_dim_);
+    row_ = take(head_dim_);
+    std::memset(out_, 0, lanes * head_dim_ * sizeof(float));
+    for (int64_t m = 0; m < lanes; ++m) {
+      const bool real = m < queries.rows();
+      max_[m] = -kInf;
+      sum_[m] = 0.0f;
+      position_[m] = real ? queries.position(m) : INT32_MIN;
+      // Keys at positions > window_begin are inside the window.
+      const int64_t begin = int64_t{position_[m]} - queries.window();
+      window_begin_[m] =
+          queries.window() < 0 || begin < INT32_MIN ? INT32_MIN : static_cast<int32_t>(begin);
+    }
+  }
+
+  void consume(KeyTile& tile) {
+    if (!ready_ || tile.offset != offset_) pack_queries(tile.offset);
+    if constexpr (kWiden) widen_rows<T>(tile.k, tile.count, head_dim_, wide_k_);
+    const int64_t value_depth = prepare_values(tile);
+    for (int64_t p = 0; p < num_panels_; ++p) {
+      switch (width(p)) {
+        case 1:
+          panel_step<1>(p, tile, value_depth);
+          break;
+        case 2:
+          panel_step<2>(p, tile, value_depth);
+          break;
+        case 3:
+          panel_step<(kMaxWidth >= 3 ? 3 : 1)>(p, tile, value_depth);
+          break;
+        default:
+          panel_step<(kMaxWidth >= 4 ? 4 : 1)>(p, tile, value_depth);
+      }
+    }
+  }
+
+  void write_out() const {
+    for (int64_t m = 0; m < queries_.rows(); ++m) {
+      const float sum = sum_[m];
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      T* out = queries_.out(m);
+      const float* column = out_column(m);
+      const int64_t stride = width(m / kPanelRows) * kLanes;
+      for (int64_t d = 0; d < head_dim_; ++d) from_float(column[d * stride] * inverse, out + d);
+      queries_.write_lse(m, max_[m], sum);
+    }
+  }
+
+  void write_partial(const Partial& partial) const {
+    for (int64_t m = 0; m < queries_.rows(); ++m) {
+      const float* column = out_column(m);
+      const int64_t stride = width(m / kPanelRows) * kLanes;
+      for (int64_t d = 0; d < head_dim_; ++d) {
+        partial.sums[m * head_dim_ + d] = column[d * stride];
+      }
+      partial.max[m] = max_[m];
+      partial.denominators[m] = sum_[m];
+    }
+  }
+
+ private:
+  // Vectors of panel p.
+  int width(int64_t p) const {
+    const int64_t rows = std::min<int64_t>(kPanelRows, queries_.rows() - p * kPanelRows);
+    return static_cast<int>((rows + kLanes - 1) / kLanes);
+  }
+  const float* out_column(int64_t m) const {
+    return out_ + m / kPanelRows * kPanelRows * head_dim_ + m % kPanelRows;
+  }
+
+  // Panels of words [depth, width]; lanes without a query row hold zeros.
+  void pack_queries(int32_t offset) {
+    ready_ = true;
+    offset_ = offset;
+    using Element = typename Mac::Element;
+    std::memset(q_, 0, num_panels_ * kPanelRows * depth_ * sizeof(float));
+    for (int64_t m = 0; m < queries_.rows(); ++m) {
+      queries_.read(m, offset, row_);
+      const int64_t lane = m % kPanelRows;
+      const int64_t stride = width(m / kPanelRows) * kLanes;
+      float* panel = q_ + m / kPanelRows * kPanelRows * depth_;
+      for (int64_t d = 0; d < head_dim_; ++d) {
+        auto* word = reinterpret_cast<Element*>(panel + d / Mac::kPerWord * stride + lane);
+        from_float(row_[d], word + d % Mac::kPerWord);
+      }
+    }
+  }
+
+  // Points tile.v at rows of words; returns how many.
+  int64_t prepare_values(KeyTile& tile) {
+    if constexpr (kWiden) {
+      widen_rows<T>(tile.v, tile.count, head_dim_, values_);
+      return tile.count;
+    } else if constexpr (Mac::kPerWord == 1) {
+      return tile.count;
+    } else {
+      const int64_t pairs = (tile.count + 1) / 2;
+      for (int64_t i = 0; i < pairs; ++i) {
+        const auto* first = reinterpret_cast<const T*>(tile.v[2 * i]);
+        const auto* second =
+            2 * i + 1 < tile.count ? reinterpret_cast<const T*>(tile.v[2 * i + 1]) : nullptr;
+        char* words = reinterpret_cast<char*>(values_ + i * head_dim_);
+        interleave_rows(first, second, head_dim_, words);
+        tile.v[i] = words;
+      }
+      return pairs;
+    }
+  }
+
+  template <int Width>
+  void panel_step(int64_t p, const KeyTile& tile, int64_t value_depth) {
+    const int64_t first = p * kPanelRows;
+    const int64_t last = std::min<int64_t>(first + kPanelRows, queries_.rows()) - 1;
+    const TileClass kind = classify_tile(tile.first_position(),
+                                         tile.last_position(),
+                                         position_[first],
+                                         position_[last],
+                                         queries_.window(),
+                                         queries_.sink());
+    if (kind == TileClass::kSkip) return;
+
+    const float* q = q_ + first * depth_;
+    for_each_block(tile.count, [&](int64_t r, auto rows) {
+      score_block<Mac, rows(), Width>(tile.k + r, q, depth_, scale_, scores_ + r * Width * kLanes);
+    });
+    if (kind == TileClass::kPartial) mask<Width>(first, tile);
+    Vec rescale[Width];
+    softmax<Width>(first, tile.count, rescale);
+    float* out = out_ + first * head_dim_;
+    for_each_block(head_dim_, [&](int64_t d, auto rows) {
+      value_block<Mac, rows(), Width>(
+          tile.v, 4 * d, scores_, value_depth, rescale, out + d * Width * kLanes);
+    });
+  }
+
+  template <int Width>
+  void mask(int64_t first, const KeyTile& tile) {
+    for (int c = 0; c < Width; ++c) {
+      const VecI position = *reinterpret_cast<const VecI*>(position_ + first + c * kLanes);
+      const VecI window_begin = *reinterpret_cast<const VecI*>(window_begin_ + first + c * kLanes);
+      for (int i = 0; i < tile.count; ++i) {
+        const VecI key = broadcast(tile.positions[i]);
+        VecI visible = key <= position;
+        if (tile.positions[i] >= queries_.sink()) visible &= key > window_begin;
+        float* score = scores_ + (i * Width + c) * kLanes;
+        store(score, visible ? load(score) : broadcast(-kInf));
+      }
+    }
+  }
+
+  // Scores become weights 2^(score - max), as words; rescale is what older sums are worth.
+  template <int Width>
+  void softmax(int64_t first, int count, Vec* rescale) {
+    constexpr int kStride = Width * kLanes;
+    for (int c = 0; c < Width; ++c) {
+      float* column = scores_ + c * kLanes;
+      const Vec old_max = load(max_ + first + c * kLanes);
+      Vec new_max = old_max;
+      for (int i = 0; i < count; ++i) new_max = max(load(column + i * kStride), new_max);
+      // A row that has seen nothing yet subtracts 0, not -infinity.
+      const Vec base = new_max == -kInf ? Vec{} : new_max;
+      rescale[c] = exp2_nonpositive(old_max - base);
+      Vec sum = load(sum_ + first + c * kLanes) * rescale[c];
+      if constexpr (Mac::kPerWord == 1) {
+        for (int i = 0; i < count; ++i) {
+          const Vec weight = exp2_nonpositive(load(column + i * kStride) - base);
+          sum += weight;
+          store(column + i * kStride, weight);
+        }
+      } else {
+#if defined(REDKNOT_ISA_AVX512)
+        for (int i = 0; i < count; i += 2) {
+          const Vec a = exp2_nonpositive(load(column + i * kStride) - base);
+          const Vec b =
+              i + 1 < count ? exp2_nonpositive(load(column + (i + 1) * kStride) - base) : Vec{};
+          sum += a + b;
+          store(column + i / 2 * kStride, pair_words(a, b));
+        }
+#endif
+      }
+      store(max_ + first + c * kLanes, new_max);
+      store(sum_ + first + c * kLanes, sum);
+    }
+  }
+
+  const Queries<T>& queries_;
+  int64_t head_dim_;
+  int64_t depth_;  // words of a query row
+  float scale_;
+  int64_t num_panels_;
+  bool ready_ = false;
+  int32_t offset_ = 0;
+  float* q_;               // per panel [depth, width] words
+  float* out_;             // per panel [head_dim, width]
+  float* max_;             // [lanes]
+  float* sum_;             // [lanes]
+  int32_t* position_;      // [lanes]
+  int32_t* window_begin_;  // [lanes]
+  float* scores_;          // [kTileKeys, width]
+  float* wide_k_;          // [kTileKeys, head_dim]
+  float* values_;          // [kTileKeys, head_dim] words
+  float* row_;             // [head_dim]
+};
+
+}  // namespace redknot::cpu::REDKNOT_ISA

@@ -1,0 +1,241 @@
+#pragma once
+
+// Few query rows (decode), bound by reading pages. Dimensions lie on the lanes: every key and value
+// is read once from its page, in order, for all query rows of the group.
+#include <type_traits>
+
+#include "key_tile.h"
+#include "mac.h"
+#include "queries.h"
+
+namespace redknot::cpu::REDKNOT_ISA {
+
+// Lane j of the result is the sum of the lanes of sums[j].
+static inline Vec transpose_add(Vec (&sums)[kLanes]) {
+#pragma GCC unroll 4
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    VecI even, odd;  // of every segment pair: the first halves, the second halves
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int segment = lane / (2 * half);
+      const int within = lane % (2 * half);
+      const int source =
+          within < half ? segment * 2 * half + within : kLanes + segment * 2 * half + within - half;
+      even[lane] = source;
+      odd[lane] = source + half;
+    }
+    for (int i = 0; i < half; ++i) {
+      const Vec a = sums[i];
+      const Vec b = sums[i + half];
+      sums[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    }
+  }
+  return sums[0];
+}
+
+template <typename T>
+class RowAttention {
+ public:
+  using Mac = typename MacOf<T>::Type;
+  static constexpr bool kWiden = !std::is_same_v<typename Mac::Element, T>;
+
+  static int64_t scratch_floats(int64_t rows, int64_t head_dim) {
+    const int64_t padded = head_dim + kLanes;
+    return rows * (2 * padded + kTileKeys + 2 * kLanes) + 3 * padded +
+           (kWiden ? kTileKeys * head_dim : 0);
+  }
+
+  RowAttention(const SegPagedAttentionParams& params, const Queries<T>& queries, float* scratch)
+      : queries_(queries),
+        rows_(queries.rows()),
+        head_dim_(params.pool.head_dim),
+        padded_((head_dim_ + kLanes - 1) / kLanes * kLanes),
+        depth_(head_dim_ / Mac::kPerWord),
+        scale_(params.softmax_scale * kLog2e) {
+    const auto take = [&scratch](int64_t count) {
+      float* begin = scratch;
+      scratch += (count + kLanes - 1) / kLanes * kLanes;
+      return begin;
+    };
+    q_ = take(rows_ * padded_);
+    out_ = take(rows_ * padded_);
+    scores_ = take(rows_ * kTileKeys);
+    max_ = take(rows_);
+    sum_ = take(rows_);
+    row_ = take(padded_);
+    wide_k_ = take(kWiden ? kTileKeys * head_dim_ : 0);
+    std::memset(out_, 0, rows_ * padded_ * sizeof(float));
+    for (int64_t m = 0; m < rows_; ++m) {
+      max_[m] = -kInf;
+      sum_[m] = 0.0f;
+    }
+  }
+
+  void consume(KeyTile& tile) {
+    if (!ready_ || tile.offset != offset_) pack_queries(tile.offset);
+    const TileClass kind = classify_tile(tile.first_position(),
+                                         tile.last_position(),
+                                         queries_.first_position(),
+                                         queries_.last_position(),
+                                         queries_.window(),
+                                         queries_.sink());
+    if (kind == TileClass::kSkip) return;
+    if constexpr (kWiden) widen_rows<T>(tile.k, tile.count, head_dim_, wide_k_);
+    const int padded_count = (tile.count + kLanes - 1) / kLanes * kLanes;
+    for (int i = tile.count; i < padded_count; ++i) tile.k[i] = tile.k[0];
+    for (int i = 0; i < padded_count; i += kLanes) score_keys(tile.k + i, i);
+    for (int64_t m = 0; m < rows_; ++m) {
+      float* scores = scores_ + m * kTileKeys;
+      for (int i = tile.count; i < padded_count; ++i) scores[i] = -kInf;
+      if (kind == TileClass::kPartial) mask(m, tile, scores);
+      softmax(m, padded_count, scores);
+    }
+    for (int64_t m = 0; m < rows_; m += kValueRows) {
+      add_values(m, std::min<int64_t>(kValueRows, rows_ - m), tile);
+    }
+  }
+
+  void write_out() const {
+    for (int64_t m = 0; m < rows_; ++m) {
+      const float sum = sum_[m];
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      T* out = queries_.out(m);
+      for (int64_t d = 0; d < head_dim_; ++d) from_float(out_[m * padded_ + d] * inverse, out + d);
+      queries_.write_lse(m, max_[m], sum);
+    }
+  }
+
+  void write_partial(const Partial& partial) const {
+    for (int64_t m = 0; m < rows_; ++m) {
+      std::memcpy(partial.sums + m * head_dim_, out_ + m * padded_, head_dim_ * sizeof(float));
+      partial.max[m] = max_[m];
+      partial.denominators[m] = sum_[m];
+    }
+  }
+
+ private:
+  static constexpr int kValueRows = 4;
+  static constexpr int kValueVecs = kLanes == 16 ? 4 : 2;  // 16 or 8 sums in registers
+
+  void pack_queries(int32_t offset) {
+    ready_ = true;
+    offset_ = offset;
+    std::memset(q_, 0, rows_ * padded_ * sizeof(float));
+    for (int64_t m = 0; m < rows_; ++m) {
+      queries_.read(m, offset, row_);
+      auto* words = reinterpret_cast<typename Mac::Element*>(q_ + m * padded_);
+      for (int64_t d = 0; d < head_dim_; ++d) from_float(row_[d], words + d);
+    }
+  }
+
+  // Scores of kLanes keys for every query row.
+  void score_keys(const char* const* keys, int first) {
+    const int64_t full = depth_ / kLanes * kLanes;
+    for (int64_t m = 0; m < rows_; ++m) {
+      const float* q = q_ + m * padded_;
+      Vec sums[kLanes] = {};
+      for (int64_t d = 0; d < full; d += kLanes) {
+        const Vec query = load(q + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          sums[i] = Mac::mac(load(reinterpret_cast<const float*>(keys[i]) + d), query, sums[i]);
+        }
+      }
+      if (full < depth_) {
+        const Vec query = load(q + full);
+        for (int i = 0; i < kLanes; ++i) {
+          const Vec key =
+              load_partial(reinterpret_cast<const float*>(keys[i]) + full, depth_ - full);
+          sums[i] = Mac::mac(key, query, sums[i]);
+        }
+      }
+      store(scores_ + m * kTileKeys + first, transpose_add(sums) * scale_);
+    }
+  }
+
+  void mask(int64_t m, const KeyTile& tile, float* scores) const {
+    for (int i = 0; i < tile.count; ++i) {
+      if (!is_visible(
+              tile.positions[i], queries_.position(m), queries_.window(), queries_.sink())) {
+        scores[i] = -kInf;
+      }
+    }
+  }
+
+  void softmax(int64_t m, int padded_count, float* scores) {
+    Vec tile_max = load(scores);
+    for (int i = kLanes; i < padded_count; i += kLanes) tile_max = max(load(scores + i), tile_max);
+    const float new_max = std::max(max_[m], reduce_max(tile_max));
+    const float base = new_max == -kInf ? 0.0f : new_max;
+    const float rescale = exp2_nonpositive(broadcast(max_[m] - base))[0];
+    Vec sum = {};
+    for (int i = 0; i < padded_count; i += kLanes) {
+      const Vec weight = exp2_nonpositive(load(scores + i) - base);
+      sum += weight;
+      store(scores + i, weight);
+    }
+    sum_[m] = sum_[m] * rescale + reduce_add(sum);
+    max_[m] = new_max;
+    if (rescale != 1.0f) {
+      float* out = out_ + m * padded_;
+      for (int64_t d = 0; d < padded_; d += kLanes) store(out + d, load(out + d) * rescale);
+    }
+  }
+
+  // out[m .. m + rows) += weights * values.
+  void add_values(int64_t m, int64_t rows, const KeyTile& tile) {
+    int64_t d = 0;
+    for (; d + kValueVecs * kLanes <= head_dim_; d += kValueVecs * kLanes) {
+      if (rows == kValueRows) {
+        add_value_block<kValueRows, kValueVecs>(m, d, tile);
+      } else {
+        for (int64_t i = 0; i < rows; ++i) add_value_block<1, kValueVecs>(m + i, d, tile);
+      }
+    }
+    for (; d < head_dim_; d += kLanes) {
+      for (int64_t i = 0; i < rows; ++i) add_value_block<1, 1>(m + i, d, tile);
+    }
+  }
+
+  template <int Rows, int Vecs>
+  void add_value_block(int64_t m, int64_t d, const KeyTile& tile) {
+    Vec sums[Rows][Vecs];
+    for (int r = 0; r < Rows; ++r) {
+      for (int c = 0; c < Vecs; ++c) sums[r][c] = load(out_ + (m + r) * padded_ + d + c * kLanes);
+    }
+    const float* weights = scores_ + m * kTileKeys;
+    const int64_t left = head_dim_ - d;
+    for (int i = 0; i < tile.count; ++i) {
+      const T* value = reinterpret_cast<const T*>(tile.v[i]) + d;
+      Vec v[Vecs];
+      for (int c = 0; c < Vecs; ++c) {
+        v[c] = Vecs == 1 && left < kLanes ? load_partial(value, left) : load(value + c * kLanes);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const Vec weight = broadcast(weights[r * kTileKeys + i]);
+        for (int c = 0; c < Vecs; ++c) sums[r][c] = fma(weight, v[c], sums[r][c]);
+      }
+    }
+    for (int r = 0; r < Rows; ++r) {
+      for (int c = 0; c < Vecs; ++c) store(out_ + (m + r) * padded_ + d + c * kLanes, sums[r][c]);
+    }
+  }
+
+  const Queries<T>& queries_;
+  int64_t rows_;
+  int64_t head_dim_;
+  int64_t padded_;  // head_dim rounded up to whole vectors
+  int64_t depth_;   // words of a query row
+  float scale_;
+  bool ready_ = false;
+  int32_t offset_ = 0;
+  float* q_;       // [rows, padded] words
+  float* out_;     // [rows, padded]
+  float* scores_;  // [rows, kTileKeys]
+  float* max_;     // [rows]
+  float* sum_;     // [rows]
+  float* row_;     // [padded]
+  float* wide_k_;  // [kTileKeys, head_dim]
+};
+
+}  // namespace redknot::cpu::REDKNOT_ISA

@@ -1,0 +1,18 @@
+#include "../dispatch.h"
+#include "attention.h"
+#include "elementwise.h"
+
+namespace redknot::cpu::REDKNOT_ISA {
+
+const Kernels kKernels = {
+    .attention_scratch_bytes = attention_scratch_bytes,
+    .attention_item = attention_item,
+    .attention_merge = attention_merge,
+    .rope_row = rope_row,
+    .token_importance = token_importance,
+    .gather_norm = gather_norm,
+    .gated_silu = gated_silu,
+    .scatter_add = scatter_add,
+};
+
+}  // namespace redknot::cpu::REDKNOT_ISA

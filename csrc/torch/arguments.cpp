@@ -1,0 +1,229 @@
+#include "arguments.h"
+
+#include <sstream>
+
+namespace redknot::binding {
+namespace {
+
+// The one list of element types at the wall.
+struct FloatingType {
+  ScalarType scalar;
+  DType dtype;
+};
+constexpr FloatingType kFloatingTypes[] = {
+    {ScalarType::Float, DType::kFloat32},
+    {ScalarType::BFloat16, DType::kBFloat16},
+    {ScalarType::Half, DType::kFloat16},
+};
+
+bool floating_type(ScalarType scalar, DType* dtype) {
+  for (const FloatingType& type : kFloatingTypes) {
+    if (type.scalar == scalar) {
+      *dtype = type.dtype;
+      return true;
+    }
+  }
+  return false;
+}
+
+ScalarType scalar_type(DType dtype) {
+  for (const FloatingType& type : kFloatingTypes) {
+    if (type.dtype == dtype) return type.scalar;
+  }
+  fail("no torch dtype for DType ", static_cast<int>(dtype));
+}
+
+std::string floating_rule() {
+  std::ostringstream rule;
+  constexpr size_t kCount = std::size(kFloatingTypes);
+  for (size_t i = 0; i < kCount; ++i) {
+    rule << (i == 0 ? "" : i + 1 < kCount ? ", " : " or ") << name_of(kFloatingTypes[i].scalar);
+  }
+  return rule.str();
+}
+
+std::string shape_rule(Dims dims) {
+  std::ostringstream rule;
+  rule << "[";
+  const char* separator = "";
+  for (const Dim& dim : dims) {
+    rule << separator;
+    if (dim.name != nullptr) rule << dim.name;
+    if (dim.name != nullptr && dim.size != Dim::kAny) rule << " = ";
+    if (dim.size != Dim::kAny) rule << dim.size;
+    separator = ", ";
+  }
+  rule << "]";
+  return rule.str();
+}
+
+bool shape_fits(const Tensor& tensor, Dims dims) {
+  if (tensor.dim() != static_cast<int64_t>(dims.size())) return false;
+  int64_t i = 0;
+  for (const Dim& dim : dims) {
+    if (dim.size != Dim::kAny && tensor.size(i) != dim.size) return false;
+    ++i;
+  }
+  return true;
+}
+
+}  // namespace
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
+  }
+}
+
+std::string describe(const Tensor& tensor) {
+  std::ostringstream text;
+  text << name_of(tensor.scalar_type()) << " [";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i == 0 ? "" : ", ") << tensor.size(i);
+  text << "]";
+  return text.str();
+}
+
+void Arguments::matches(const char* name,
+                        const Tensor& tensor,
+                        bool dtype_fits,
+                        const std::string& dtype_rule,
+                        Dims dims) const {
+  check(dtype_fits && shape_fits(tensor, dims),
+        name,
+        " must be ",
+        dtype_rule,
+        " ",
+        shape_rule(dims),
+        ", got ",
+        describe(tensor));
+  check(tensor.is_cpu(), name, " must be on the CPU like the other arguments");
+  const int64_t last = tensor.dim() - 1;
+  check(last < 0 || tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1,
+        name,
+        " must have a contiguous last dimension, got stride ",
+        last < 0 ? 0 : tensor.stride(last));
+}
+
+void Arguments::tensor(const char* name, const Tensor& tensor, ScalarType dtype, Dims dims) const {
+  matches(name, tensor, tensor.scalar_type() == dtype, name_of(dtype), dims);
+}
+
+DType Arguments::floating(const char* name, const Tensor& tensor, Dims dims) const {
+  DType dtype = DType::kFloat32;
+  const bool fits = floating_type(tensor.scalar_type(), &dtype);
+  matches(name, tensor, fits, floating_rule(), dims);
+  return dtype;
+}
+
+void Arguments::floating(
+    const char* name, const Tensor& tensor, Dims dims, const char* like_name, DType like) const {
+  matches(name,
+          tensor,
+          tensor.scalar_type() == scalar_type(like),
+          std::string(name_of(scalar_type(like))) + " like " + like_name + " and",
+          dims);
+}
+
+void Arguments::contiguous(const char* name, const Tensor& tensor) const {
+  check(tensor.is_contiguous(), name, " must be contiguous");
+}
+
+void Arguments::writable(const char* name, const Tensor& tensor) const {
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    check(tensor.size(i) <= 1 || tensor.stride(i) > 0 || tensor.numel() == 0,
+          name,
+          " is written to, so it must not be an expanded view: stride ",
+          i,
+          " is 0");
+  }
+}
+
+PagePool Arguments::pool(const Tensor& k_cache, const Tensor& v_cache) const {
+  const DType dtype = floating("k_cache", k_cache, {"num_pages", "page_size", "head_dim"});
+  const int64_t num_pages = k_cache.size(0);
+  const int64_t page_size = k_cache.size(1);
+  const int64_t head_dim = k_cache.size(2);
+  floating("v_cache",
+           v_cache,
+           {{"num_pages", num_pages}, {"page_size", page_size}, {"head_dim", head_dim}},
+           "k_cache",
+           dtype);
+  check(page_size > 0, "page_size must be positive, got k_cache ", describe(k_cache));
+  check(head_dim > 0 && head_dim % 8 == 0,
+        "head_dim must be a positive multiple of 8, got k_cache ",
+        describe(k_cache));
+  return {
+      .k = k_cache.data_ptr(),
+      .v = v_cache.data_ptr(),
+      .num_pages = num_pages,
+      .page_size = page_size,
+      .head_dim = head_dim,
+      .k_page_stride = k_cache.stride(0),
+      .k_slot_stride = k_cache.stride(1),
+      .v_page_stride = v_cache.stride(0),
+      .v_slot_stride = v_cache.stride(1),
+      .dtype = dtype,
+  };
+}
+
+int64_t Arguments::inv_freq(const Tensor& inv_freq, int64_t head_dim) const {
+  tensor("inv_freq", inv_freq, ScalarType::Float, {"rotary_dim / 2"});
+  const int64_t rotary_dim = 2 * inv_freq.size(0);
+  check(rotary_dim <= head_dim,
+        "inv_freq must have at most head_dim / 2 = ",
+        head_dim / 2,
+        " elements, got ",
+        describe(inv_freq));
+  return rotary_dim;
+}
+
+void Arguments::offsets(const char* name,
+                        const Tensor& tensor,
+                        const char* end_name,
+                        int64_t end) const {
+  contiguous(name, tensor);
+  const int64_t size = tensor.size(0);
+  const auto* values = data<int32_t>(tensor);
+  check(size > 0 && values[0] == 0, name, " must start with 0");
+  for (int64_t i = 1; i < size; ++i) {
+    check(values[i - 1] <= values[i],
+          name,
+          " must not decrease, got ",
+          values[i - 1],
+          " before ",
+          values[i],
+          " at ",
+          i);
+  }
+  check(values[size - 1] == end,
+        name,
+        " must end with ",
+        end_name,
+        " = ",
+        end,
+        ", got ",
+        values[size - 1]);
+}
+
+}  // namespace redknot::binding

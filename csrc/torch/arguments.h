@@ -1,0 +1,87 @@
+#pragma once
+
+// Checks at the wall. A message names the op, the argument, the rule and what arrived:
+//   seg_paged_attention: page_refs must be int32 [num_refs, 4], got int64 [17, 4]
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+#include "redknot/check.h"
+#include "redknot/pages.h"
+#include "redknot/types.h"
+
+namespace redknot::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A dimension of a rule: its name, and its size where another argument fixes it.
+struct Dim {
+  static constexpr int64_t kAny = -1;
+
+  Dim(const char* dim_name) : name(dim_name), size(kAny) {}  // NOLINT: implicit reads well in rules
+  Dim(int64_t dim_size) : name(nullptr), size(dim_size) {}   // NOLINT
+  Dim(const char* dim_name, int64_t dim_size) : name(dim_name), size(dim_size) {}
+
+  const char* name;
+  int64_t size;
+};
+
+using Dims = std::initializer_list<Dim>;
+
+// The arguments of one call of one op.
+class Arguments {
+ public:
+  explicit Arguments(const char* op) : op_(op) {}
+
+  // CPU tensor of that dtype and shape whose last dimension is contiguous.
+  void tensor(const char* name, const Tensor& tensor, ScalarType dtype, Dims dims) const;
+  // The same with one of the dtypes that kernels compute with, or with that of `like`.
+  DType floating(const char* name, const Tensor& tensor, Dims dims) const;
+  void floating(
+      const char* name, const Tensor& tensor, Dims dims, const char* like_name, DType like) const;
+  // A dense tensor: index lists are read as arrays.
+  void contiguous(const char* name, const Tensor& tensor) const;
+  // Written to: no two elements may share memory (a broadcast view does).
+  void writable(const char* name, const Tensor& tensor) const;
+
+  // A page pool: [num_pages, page_size, head_dim] twice, same dtype and shape.
+  PagePool pool(const Tensor& k_cache, const Tensor& v_cache) const;
+  // fp32 [rotary_dim / 2] with rotary_dim <= head_dim; returns rotary_dim.
+  int64_t inv_freq(const Tensor& inv_freq, int64_t head_dim) const;
+  // int32 [n + 1]: starts at 0, never falls, ends at `end`.
+  void offsets(const char* name, const Tensor& tensor, const char* end_name, int64_t end) const;
+
+  template <typename... Parts>
+  void check(bool condition, const Parts&... parts) const {
+    RK_CHECK(condition, op_, ": ", parts...);
+  }
+
+ private:
+  void matches(const char* name,
+               const Tensor& tensor,
+               bool dtype_fits,
+               const std::string& dtype_rule,
+               Dims dims) const;
+
+  const char* op_;
+};
+
+// "int64 [17, 4]"
+std::string describe(const Tensor& tensor);
+const char* name_of(ScalarType dtype);
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+template <typename T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? data<T>(*tensor) : nullptr;
+}
+
+}  // namespace redknot::binding

@@ -1,0 +1,143 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <vector>
+
+#include "arguments.h"
+#include "executor.h"
+#include "redknot/cpu.h"
+
+namespace redknot::binding {
+namespace {
+
+void realign(const Tensor& k,
+             int64_t offset,
+             const Tensor& inv_freq,
+             bool interleaved,
+             const std::optional<Tensor>& offsets,
+             const Tensor& out) {
+  const Arguments args("rope_realign");
+  const DType dtype = args.floating("k", k, {"num_tokens", "num_heads", "head_dim"});
+  const int64_t num_tokens = k.size(0);
+  const int64_t num_heads = k.size(1);
+  const int64_t head_dim = k.size(2);
+  args.check(head_dim > 0 && head_dim % 8 == 0,
+             "head_dim must be a positive multiple of 8, got k ",
+             describe(k));
+  const int64_t rotary_dim = args.inv_freq(inv_freq, head_dim);
+  args.check(offset > INT32_MIN && offset <= INT32_MAX, "offset must fit int32, got ", offset);
+  if (offsets.has_value()) {
+    args.check(offset == 0, "offset must be 0 beside offsets, got ", offset);
+    args.tensor("offsets", *offsets, ScalarType::Int, {{"num_tokens", num_tokens}});
+    args.contiguous("offsets", *offsets);
+  }
+  args.floating("out",
+                out,
+                {{"num_tokens", num_tokens}, {"num_heads", num_heads}, {"head_dim", head_dim}},
+                "k",
+                dtype);
+  args.writable("out", out);
+  args.check(out.data_ptr() != k.data_ptr() ||
+                 (out.stride(0) == k.stride(0) && out.stride(1) == k.stride(1)),
+             "out must be k itself or not overlap it");
+  cpu::rope_realign(
+      {
+          .k = k.data_ptr(),
+          .out = out.data_ptr(),
+          .maybe_offsets = data<int32_t>(offsets),
+          .inv_freq = data<float>(inv_freq),
+          .offset = offset,
+          .num_tokens = num_tokens,
+          .num_heads = num_heads,
+          .head_dim = head_dim,
+          .rotary_dim = rotary_dim,
+          .k_token_stride = k.stride(0),
+          .k_head_stride = k.stride(1),
+          .out_token_stride = out.stride(0),
+          .out_head_stride = out.stride(1),
+          .dtype = dtype,
+          .interleaved = interleaved,
+      },
+      torch_executor());
+}
+
+Tensor rope_realign(const Tensor& k,
+                    int64_t offset,
+                    const Tensor& inv_freq,
+                    bool interleaved,
+                    std::optional<Tensor> offsets) {
+  const Tensor out = torch::stable::new_empty(k, k.sizes());
+  realign(k, offset, inv_freq, interleaved, offsets, out);
+  return out;
+}
+
+void rope_realign_out(const Tensor& k,
+                      int64_t offset,
+                      const Tensor& inv_freq,
+                      bool interleaved,
+                      std::optional<Tensor> offsets,
+                      const Tensor& out) {
+  realign(k, offset, inv_freq, interleaved, offsets, out);
+}
+
+void rope_realign_pages(const Tensor& k_cache,
+                        const Tensor& page_refs,
+                        const Tensor& inv_freq,
+                        bool interleaved) {
+  const Arguments args("rope_realign_pages");
+  const PagePool pool = args.pool(k_cache, k_cache);
+  args.writable("k_cache", k_cache);
+  args.tensor("page_refs", page_refs, ScalarType::Int, {"num_refs", 4});
+  args.contiguous("page_refs", page_refs);
+  const int64_t rotary_dim = args.inv_freq(inv_freq, pool.head_dim);
+  const int64_t num_refs = page_refs.size(0);
+  const auto* refs = data<PageRef>(page_refs);
+  std::vector<bool> seen(pool.num_pages);
+  for (int64_t r = 0; r < num_refs; ++r) {
+    args.check(refs[r].page >= 0 && refs[r].page < pool.num_pages,
+               "page_refs[",
+               r,
+               "] must name a page below num_pages = ",
+               pool.num_pages,
+               ", got ",
+               refs[r].page);
+    args.check(refs[r].num_valid >= 0 && refs[r].num_valid <= pool.page_size,
+               "page_refs[",
+               r,
+               "] must have 0 to page_size = ",
+               pool.page_size,
+               " valid slots, got ",
+               refs[r].num_valid);
+    args.check(!seen[refs[r].page],
+               "page_refs must name a page once, got page ",
+               refs[r].page,
+               " again at ",
+               r);
+    seen[refs[r].page] = true;
+  }
+  cpu::rope_realign_pages(
+      {
+          .k_cache = pool.k,
+          .page_refs = refs,
+          .inv_freq = data<float>(inv_freq),
+          .num_refs = num_refs,
+          .head_dim = pool.head_dim,
+          .rotary_dim = rotary_dim,
+          .k_page_stride = pool.k_page_stride,
+          .k_slot_stride = pool.k_slot_stride,
+          .dtype = pool.dtype,
+          .interleaved = interleaved,
+      },
+      torch_executor());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) {
+  m.impl("rope_realign", TORCH_BOX(&rope_realign));
+  m.impl("rope_realign_out", TORCH_BOX(&rope_realign_out));
+  m.impl("rope_realign_pages", TORCH_BOX(&rope_realign_pages));
+}
+
+}  // namespace redknot::binding

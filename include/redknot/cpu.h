@@ -1,0 +1,30 @@
+#pragma once
+
+#include "redknot/attention.h"
+#include "redknot/ffn.h"
+#include "redknot/pages.h"
+#include "redknot/parallel.h"
+#include "redknot/rope.h"
+#include "redknot/select.h"
+
+// The CPU launchers, one per parameter struct. Arguments are trusted: they were checked at the
+// wall.
+namespace redknot::cpu {
+
+void seg_paged_attention(const SegPagedAttentionParams& params, const Executor& executor);
+void write_pages(const WritePagesParams& params, const Executor& executor);
+void copy_pages(const CopyPagesParams& params, const Executor& executor);
+void rope_realign(const RopeRealignParams& params, const Executor& executor);
+void rope_realign_pages(const RopeRealignPagesParams& params, const Executor& executor);
+void token_importance(const TokenImportanceParams& params, const Executor& executor);
+void select_tokens(const SelectTokensParams& params, const Executor& executor);
+void gather_norm(const GatherNormParams& params, const Executor& executor);
+void gated_silu(const GatedSiluParams& params, const Executor& executor);
+void scatter_add(const ScatterAddParams& params, const Executor& executor);
+
+// The instruction set in use: "default", "avx2" or "avx512". Choosing one is for tests; false when
+// this machine lacks it or nobody knows it.
+const char* isa_name();
+bool use_isa(const char* name);
+
+}  // namespace redknot::cpu

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstdint>
+
+#include "redknot/types.h"
+
+namespace redknot {
+
+// The parts of gathered_ffn around its two GEMMs. `indices` are the token rows of one chunk.
+
+// out[i] = round(x[indices[i]] / rms) * weight, rms over hidden_dim in fp32, rounded to the dtype
+// before the product as Hugging Face's RMSNorm does.
+struct GatherNormParams {
+  const void* residual = nullptr;    // [num_tokens, hidden_dim]
+  const void* weight = nullptr;      // [hidden_dim]
+  const int32_t* indices = nullptr;  // [num_rows]
+  void* out = nullptr;               // [num_rows, hidden_dim], contiguous
+  int64_t num_rows = 0;
+  int64_t hidden_dim = 0;
+  int64_t residual_stride = 0;
+  float eps = 0.0f;
+  DType dtype = DType::kFloat32;
+};
+
+// out = silu(gate) * up.
+struct GatedSiluParams {
+  const void* gate = nullptr;  // [num_rows, ffn_dim]
+  const void* up = nullptr;    // [num_rows, ffn_dim]
+  void* out = nullptr;         // [num_rows, ffn_dim], contiguous
+  int64_t num_rows = 0;
+  int64_t ffn_dim = 0;
+  int64_t in_stride = 0;  // of gate's and of up's rows
+  DType dtype = DType::kFloat32;
+};
+
+// residual[indices[i]] += z[i]; no index occurs twice.
+struct ScatterAddParams {
+  const void* z = nullptr;           // [num_rows, hidden_dim], contiguous
+  void* residual = nullptr;          // [num_tokens, hidden_dim]
+  const int32_t* indices = nullptr;  // [num_rows]
+  int64_t num_rows = 0;
+  int64_t hidden_dim = 0;
+  int64_t residual_stride = 0;
+  DType dtype = DType::kFloat32;
+};
+
+}  // namespace redknot
