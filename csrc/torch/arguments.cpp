@@ -117,7 +117,15 @@ void Arguments::matches(const char* name,
         shape_rule(dims),
         ", got ",
         describe(tensor));
-  check(tensor.is_cpu(), name, " must be on the CPU like the other arguments");
+  if (cuda_device_ == kNoCudaDevice) {
+    check(tensor.is_cpu(), name, " must be on the CPU like the other arguments");
+  } else {
+    check(tensor.is_cuda() && tensor.get_device() == cuda_device_,
+          name,
+          " must be on cuda:",
+          cuda_device_,
+          " like the other arguments");
+  }
   const int64_t last = tensor.dim() - 1;
   check(last < 0 || tensor.numel() == 0 || tensor.size(last) == 1 || tensor.stride(last) == 1,
         name,

@@ -33,12 +33,15 @@ struct Dim {
 
 using Dims = std::initializer_list<Dim>;
 
-// The arguments of one call of one op.
+// The arguments of one call of one op, all on one device.
 class Arguments {
  public:
-  explicit Arguments(const char* op) : op_(op) {}
+  // On the CPU.
+  explicit Arguments(const char* op) : op_(op), cuda_device_(kNoCudaDevice) {}
+  // On the CPU or CUDA device of `first`.
+  Arguments(const char* op, const Tensor& first) : op_(op), cuda_device_(first.get_device()) {}
 
-  // CPU tensor of that dtype and shape whose last dimension is contiguous.
+  // Tensor of that dtype and shape whose last dimension is contiguous.
   void tensor(const char* name, const Tensor& tensor, ScalarType dtype, Dims dims) const;
   // The same with one of the dtypes that kernels compute with, or with that of `like`.
   DType floating(const char* name, const Tensor& tensor, Dims dims) const;
@@ -68,7 +71,10 @@ class Arguments {
                const std::string& dtype_rule,
                Dims dims) const;
 
+  static constexpr int32_t kNoCudaDevice = -1;  // what get_device() says of a CPU tensor
+
   const char* op_;
+  int32_t cuda_device_;
 };
 
 // "int64 [17, 4]"

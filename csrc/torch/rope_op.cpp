@@ -4,20 +4,19 @@
 #include <optional>
 #include <vector>
 
-#include "arguments.h"
 #include "executor.h"
 #include "redknot/cpu.h"
+#include "rope_params.h"
 
 namespace redknot::binding {
-namespace {
 
-void realign(const Tensor& k,
-             int64_t offset,
-             const Tensor& inv_freq,
-             bool interleaved,
-             const std::optional<Tensor>& offsets,
-             const Tensor& out) {
-  const Arguments args("rope_realign");
+RopeRealignParams rope_realign_params(const Tensor& k,
+                                      int64_t offset,
+                                      const Tensor& inv_freq,
+                                      bool interleaved,
+                                      const std::optional<Tensor>& offsets,
+                                      const Tensor& out) {
+  const Arguments args("rope_realign", k);
   const DType dtype = args.floating("k", k, {"num_tokens", "num_heads", "head_dim"});
   const int64_t num_tokens = k.size(0);
   const int64_t num_heads = k.size(1);
@@ -41,26 +40,50 @@ void realign(const Tensor& k,
   args.check(out.data_ptr() != k.data_ptr() ||
                  (out.stride(0) == k.stride(0) && out.stride(1) == k.stride(1)),
              "out must be k itself or not overlap it");
-  cpu::rope_realign(
-      {
-          .k = k.data_ptr(),
-          .out = out.data_ptr(),
-          .maybe_offsets = data<int32_t>(offsets),
-          .inv_freq = data<float>(inv_freq),
-          .offset = offset,
-          .num_tokens = num_tokens,
-          .num_heads = num_heads,
-          .head_dim = head_dim,
-          .rotary_dim = rotary_dim,
-          .k_token_stride = k.stride(0),
-          .k_head_stride = k.stride(1),
-          .out_token_stride = out.stride(0),
-          .out_head_stride = out.stride(1),
-          .dtype = dtype,
-          .interleaved = interleaved,
-      },
-      torch_executor());
+  return {
+      .k = k.data_ptr(),
+      .out = out.data_ptr(),
+      .maybe_offsets = data<int32_t>(offsets),
+      .inv_freq = data<float>(inv_freq),
+      .offset = offset,
+      .num_tokens = num_tokens,
+      .num_heads = num_heads,
+      .head_dim = head_dim,
+      .rotary_dim = rotary_dim,
+      .k_token_stride = k.stride(0),
+      .k_head_stride = k.stride(1),
+      .out_token_stride = out.stride(0),
+      .out_head_stride = out.stride(1),
+      .dtype = dtype,
+      .interleaved = interleaved,
+  };
 }
+
+RopeRealignPagesParams rope_realign_pages_params(const Tensor& k_cache,
+                                                 const Tensor& page_refs,
+                                                 const Tensor& inv_freq,
+                                                 bool interleaved) {
+  const Arguments args("rope_realign_pages", k_cache);
+  const PagePool pool = args.pool(k_cache, k_cache);
+  args.writable("k_cache", k_cache);
+  args.tensor("page_refs", page_refs, ScalarType::Int, {"num_refs", 4});
+  args.contiguous("page_refs", page_refs);
+  const int64_t rotary_dim = args.inv_freq(inv_freq, pool.head_dim);
+  return {
+      .k_cache = pool.k,
+      .page_refs = data<PageRef>(page_refs),
+      .inv_freq = data<float>(inv_freq),
+      .num_refs = page_refs.size(0),
+      .head_dim = pool.head_dim,
+      .rotary_dim = rotary_dim,
+      .k_page_stride = pool.k_page_stride,
+      .k_slot_stride = pool.k_slot_stride,
+      .dtype = pool.dtype,
+      .interleaved = interleaved,
+  };
+}
+
+namespace {
 
 Tensor rope_realign(const Tensor& k,
                     int64_t offset,
@@ -68,7 +91,8 @@ Tensor rope_realign(const Tensor& k,
                     bool interleaved,
                     std::optional<Tensor> offsets) {
   const Tensor out = torch::stable::new_empty(k, k.sizes());
-  realign(k, offset, inv_freq, interleaved, offsets, out);
+  cpu::rope_realign(rope_realign_params(k, offset, inv_freq, interleaved, offsets, out),
+                    torch_executor());
   return out;
 }
 
@@ -78,7 +102,8 @@ void rope_realign_out(const Tensor& k,
                       bool interleaved,
                       std::optional<Tensor> offsets,
                       const Tensor& out) {
-  realign(k, offset, inv_freq, interleaved, offsets, out);
+  cpu::rope_realign(rope_realign_params(k, offset, inv_freq, interleaved, offsets, out),
+                    torch_executor());
 }
 
 void rope_realign_pages(const Tensor& k_cache,
@@ -86,27 +111,25 @@ void rope_realign_pages(const Tensor& k_cache,
                         const Tensor& inv_freq,
                         bool interleaved) {
   const Arguments args("rope_realign_pages");
-  const PagePool pool = args.pool(k_cache, k_cache);
-  args.writable("k_cache", k_cache);
-  args.tensor("page_refs", page_refs, ScalarType::Int, {"num_refs", 4});
-  args.contiguous("page_refs", page_refs);
-  const int64_t rotary_dim = args.inv_freq(inv_freq, pool.head_dim);
-  const int64_t num_refs = page_refs.size(0);
-  const auto* refs = data<PageRef>(page_refs);
-  std::vector<bool> seen(pool.num_pages);
-  for (int64_t r = 0; r < num_refs; ++r) {
-    args.check(refs[r].page >= 0 && refs[r].page < pool.num_pages,
+  const RopeRealignPagesParams params =
+      rope_realign_pages_params(k_cache, page_refs, inv_freq, interleaved);
+  const int64_t num_pages = k_cache.size(0);
+  const int64_t page_size = k_cache.size(1);
+  const PageRef* refs = params.page_refs;
+  std::vector<bool> seen(num_pages);
+  for (int64_t r = 0; r < params.num_refs; ++r) {
+    args.check(refs[r].page >= 0 && refs[r].page < num_pages,
                "page_refs[",
                r,
                "] must name a page below num_pages = ",
-               pool.num_pages,
+               num_pages,
                ", got ",
                refs[r].page);
-    args.check(refs[r].num_valid >= 0 && refs[r].num_valid <= pool.page_size,
+    args.check(refs[r].num_valid >= 0 && refs[r].num_valid <= page_size,
                "page_refs[",
                r,
                "] must have 0 to page_size = ",
-               pool.page_size,
+               page_size,
                " valid slots, got ",
                refs[r].num_valid);
     args.check(!seen[refs[r].page],
@@ -116,20 +139,7 @@ void rope_realign_pages(const Tensor& k_cache,
                r);
     seen[refs[r].page] = true;
   }
-  cpu::rope_realign_pages(
-      {
-          .k_cache = pool.k,
-          .page_refs = refs,
-          .inv_freq = data<float>(inv_freq),
-          .num_refs = num_refs,
-          .head_dim = pool.head_dim,
-          .rotary_dim = rotary_dim,
-          .k_page_stride = pool.k_page_stride,
-          .k_slot_stride = pool.k_slot_stride,
-          .dtype = pool.dtype,
-          .interleaved = interleaved,
-      },
-      torch_executor());
+  cpu::rope_realign_pages(params, torch_executor());
 }
 
 }  // namespace
