@@ -1,1 +1,87 @@
-"""redknot: head-aware KV cache reuse, paged attention and sparse FFN."""
+"""redknot: head-aware KV cache reuse, paged attention and sparse FFN.
+
+Importing this package has no effect but names; torch and transformers are imported by what is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from redknot.models.seg_paged_cache import SegPagedCache
+    from redknot.engine import Engine, Explanation, Generation, Prefill
+    from redknot.errors import (
+        BudgetError,
+        HeadMapError,
+        InputError,
+        ModelError,
+        RedknotError,
+        UnknownDocumentError,
+    )
+    from redknot.heads import HeadMap
+    from redknot.models.attach import attach, detach
+    from redknot.models.hf_compat import register_attention
+    from redknot.models.sparse_ffn import SparseFFN
+    from redknot.recovery import Dense, Naive, RedKnot
+
+# The one list of what `redknot.` offers, and the module each name lives in.
+_HOME = {
+    "BudgetError": "redknot.errors",
+    "Dense": "redknot.recovery",
+    "Engine": "redknot.engine",
+    "Explanation": "redknot.engine",
+    "Generation": "redknot.engine",
+    "HeadMap": "redknot.heads",
+    "HeadMapError": "redknot.errors",
+    "InputError": "redknot.errors",
+    "ModelError": "redknot.errors",
+    "Naive": "redknot.recovery",
+    "Prefill": "redknot.engine",
+    "RedKnot": "redknot.recovery",
+    "RedknotError": "redknot.errors",
+    "SegPagedCache": "redknot.models.seg_paged_cache",
+    "SparseFFN": "redknot.models.sparse_ffn",
+    "UnknownDocumentError": "redknot.errors",
+    "attach": "redknot.models.attach",
+    "detach": "redknot.models.attach",
+    "register_attention": "redknot.models.hf_compat",
+}
+
+__all__ = [
+    "BudgetError",
+    "Dense",
+    "Engine",
+    "Explanation",
+    "Generation",
+    "HeadMap",
+    "HeadMapError",
+    "InputError",
+    "ModelError",
+    "Naive",
+    "Prefill",
+    "RedKnot",
+    "RedknotError",
+    "SegPagedCache",
+    "SparseFFN",
+    "UnknownDocumentError",
+    "attach",
+    "detach",
+    "register_attention",
+]
+
+try:
+    __version__ = version("redknot")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'redknot' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -48,6 +48,7 @@ class KVPool:
         poison_freed_pages: bool | None = None,
     ) -> None:
         self.page_size = page_size
+        self.page_bytes = bytes_per_page(page_size, head_dim, dtype)
         self.num_kv_heads = num_kv_heads
         self.device = torch.device(device)
         self.k_cache = torch.empty(
@@ -63,7 +64,7 @@ class KVPool:
             num_kv_heads=num_kv_heads,
             num_pages=num_pages,
             page_size=page_size,
-            bytes_per_page=bytes_per_page(page_size, head_dim, dtype),
+            bytes_per_page=self.page_bytes,
             storage=storage,
             poison=poison_freed_pages,
         )

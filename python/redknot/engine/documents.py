@@ -11,8 +11,8 @@ import numpy as np
 from redknot._memory import OutOfPages
 from redknot.engine.runner import HeadRules, Prompt, Runner
 from redknot.errors import BudgetError, UnknownDocumentError
-from redknot.recovery import Dense, FlopCounter, Placement, PromptLayout
 from redknot.heads import HeadMap
+from redknot.recovery import Dense, FlopCounter, Placement, PromptLayout
 from redknot.store import MemoryStore, Segment, segment_key
 
 __all__ = ["DocumentCache", "Found"]
@@ -61,13 +61,16 @@ class DocumentCache:
         self.prefix_ids = prefix_ids
         self._context_ids = prefix_ids if behind_prefix else prefix_ids[:0]
         self._token_ids: dict[str, np.ndarray] = {}
+        self._keys: dict[str, str] = {}
 
     # --- documents by id -------------------------------------------------------------------------
 
     def register(self, token_ids: np.ndarray) -> str:
         """Remember a document and return its id; the same tokens have the same id."""
-        document = self._key(token_ids)[:_ID_LENGTH]
+        key = self._segment_key(self._context_ids, token_ids)
+        document = key[:_ID_LENGTH]
         self._token_ids[document] = token_ids
+        self._keys[document] = key
         return document
 
     def token_ids(self, document: str) -> np.ndarray:
@@ -87,12 +90,18 @@ class DocumentCache:
 
     def is_cached(self, document: str) -> bool:
         """Whether the document's segment lies in the store."""
-        return self._key(self.token_ids(document)) in self.store
+        self.token_ids(document)
+        return self._keys[document] in self.store
 
     def keys(self, documents: Collection[str]) -> set[str]:
         """Keys that a request over `documents` must keep: theirs and the prefix's."""
-        keys = {self._key(self.token_ids(document)) for document in documents}
-        return keys | {self._prefix_key()}
+        return {self._keys[document] for document in documents} | {self._prefix_key()}
+
+    def clear(self) -> None:
+        """Forget every document and drop every segment, the prefix's included."""
+        self.store.clear()
+        self._token_ids.clear()
+        self._keys.clear()
 
     # --- segments --------------------------------------------------------------------------------
 
@@ -116,10 +125,7 @@ class DocumentCache:
             When the pool cannot hold it; nothing was changed.
         """
         token_ids = self.token_ids(document)
-        return self._find(self._key(token_ids), self._context_ids, token_ids, keep, progress)
-
-    def _key(self, token_ids: np.ndarray) -> str:
-        return self._segment_key(self._context_ids, token_ids)
+        return self._find(self._keys[document], self._context_ids, token_ids, keep, progress)
 
     def _prefix_key(self) -> str:
         return self._segment_key(self.prefix_ids[:0], self.prefix_ids)
@@ -146,23 +152,30 @@ class DocumentCache:
         if segment is not None:
             return Found(segment, computed=False, reason="found in memory")
         evicted = self.store.was_evicted(key)
-        context = self._find(
-            self._prefix_key(), context_ids[:0], context_ids, keep, None
-        ).segment if len(context_ids) else None
-        segment = self._compute(key, context, context_ids, token_ids, {*keep, self._prefix_key()}, progress)
+        context = (
+            self._find(self._prefix_key(), context_ids[:0], context_ids, keep, None).segment
+            if len(context_ids)
+            else None
+        )
+        segment = self._compute(
+            key, context, context_ids, token_ids, {*keep, self._prefix_key()}, progress
+        )
         self.store.put(segment)
         reason = "evicted to make room, computed anew" if evicted else "first use, computed now"
         return Found(segment, computed=True, reason=reason)
 
     def make_room(self, keep: Collection[str], missing: OutOfPages, what: str) -> None:
         """Evict one segment that the request does not need, or raise BudgetError."""
-        if self.store.evict_one(keep) is None:
-            pool = self._runner.pool.allocator.stats()
-            raise BudgetError(
-                f"{what} needs {missing.pages_needed} pages, but only {missing.pages_free} of "
-                f"{pool['num_pages']} are free and nothing can be evicted; raise kv_budget to at "
-                f"least {(pool['num_pages'] + missing.pages_needed - missing.pages_free) * pool['bytes_per_page']:,} bytes"
-            ) from missing
+        if self.store.evict_one(keep) is not None:
+            return
+        stats = self._runner.pool.allocator.stats()
+        short = missing.pages_needed - missing.pages_free
+        wanted = (stats["num_pages"] + short) * stats["bytes_per_page"]
+        raise BudgetError(
+            f"{what} needs {missing.pages_needed} pages, but only {missing.pages_free} of "
+            f"{stats['num_pages']} are free and nothing can be evicted; "
+            f"raise kv_budget to at least {wanted:,} bytes"
+        ) from missing
 
     def _compute(
         self,
@@ -196,7 +209,9 @@ class DocumentCache:
             heads = HeadMap.all_global(decoder.shape.num_layers, decoder.shape.num_kv_heads)
             self._runner.prefill(
                 session,
-                Prompt(np.concatenate([context_ids, token_ids]), layout, Dense().plan(layout, heads)),
+                Prompt(
+                    np.concatenate([context_ids, token_ids]), layout, Dense().plan(layout, heads)
+                ),
                 rules,
                 tail_slots=lambda layer: allocator.segment_slots(handle, layer),
                 counter=counter,

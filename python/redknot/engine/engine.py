@@ -3,49 +3,34 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from redknot._memory import OutOfPages
 from redknot.cache import KVPool, bytes_per_page
+from redknot.engine.admission import Admission
 from redknot.engine.budget import num_pages_of, parse_bytes
-from redknot.engine.documents import DocumentCache, Found, place
+from redknot.engine.documents import DocumentCache
 from redknot.engine.generation import GenerationLoop, Request
 from redknot.engine.prompt import PromptFormat, TextOrIds
-from redknot.engine.results import DocumentReport, Explanation, Generation, Prefill
-from redknot.engine.runner import HeadRules, Prompt, Runner
+from redknot.engine.results import Explanation, Generation, Prefill
+from redknot.engine.runner import Runner
 from redknot.engine.sampling import Sampling
 from redknot.errors import InputError
 from redknot.heads import HeadMap
 from redknot.models import Decoder, load_model, load_tokenizer
 from redknot.recovery import (
-    FlopCounter,
-    Ledger,
     Policy,
-    PromptLayout,
-    RecoveryPlan,
     RedKnot,
-    dense_prefill_flops,
 )
 from redknot.store import MemoryStore, model_fingerprint
 
+if TYPE_CHECKING:
+    from redknot._memory import AllocatorStats
+
 __all__ = ["Engine"]
-
-
-@dataclass
-class _Admitted:
-    """A prefilled session that still holds its pages."""
-
-    session: int
-    rules: HeadRules
-    prefill: Prefill
 
 
 class Engine:
@@ -102,7 +87,9 @@ class Engine:
         poison_freed_pages: bool | None = None,
     ) -> None:
         if store != "mem:":
-            raise InputError(f"store must be 'mem:' (segments stay in the page pool), got {store!r}")
+            raise InputError(
+                f"store must be 'mem:' (segments stay in the page pool), got {store!r}"
+            )
         if not isinstance(page_size, int) or page_size < 1:
             raise InputError(f"page_size must be a positive int, got {page_size!r}")
         if isinstance(model, (str, Path)):
@@ -118,7 +105,7 @@ class Engine:
         heads.check_model(shape.num_layers, shape.num_kv_heads, fingerprint)
         self.heads = heads
         self.policy: Policy = policy if policy is not None else RedKnot()
-        if tokenizer is None and getattr(model, "name_or_path", ""):
+        if tokenizer is None and getattr(model, "name_or_path", None):
             tokenizer = load_tokenizer(model.name_or_path, missing_ok=True)
         self.tokenizer = tokenizer
         self.format = PromptFormat(
@@ -137,7 +124,6 @@ class Engine:
             device=self.decoder.device,
             poison_freed_pages=poison_freed_pages,
         )
-        self._page_bytes = page_bytes
         self._runner = Runner(self.decoder, self.pool)
         self.documents = DocumentCache(
             self._runner,
@@ -146,6 +132,7 @@ class Engine:
             prefix_ids=self.format.prefix_ids,
             behind_prefix=behind_prefix,
         )
+        self._admission = Admission(self._runner, self.documents, heads)
         self._lock = threading.RLock()
 
     # --- offline ---------------------------------------------------------------------------------
@@ -173,11 +160,24 @@ class Engine:
             When the pool cannot hold it; nothing was changed.
         """
         token_ids = self.format.document_ids(document)
-        self._check_length(len(self.format.prefix_ids) + len(token_ids), "prefix and document")
+        self._admission.check_length(
+            len(self.format.prefix_ids) + len(token_ids), "prefix and document"
+        )
         with self._lock:
             document_id = self.documents.register(token_ids)
             self.documents.find(document_id, progress=progress)
             return document_id
+
+    def offline_seconds(self, documents: Sequence[str]) -> float:
+        """Time that caching these documents took, each counted once; missing ones are computed."""
+        with self._lock:
+            found = (self.documents.find(document).segment for document in dict.fromkeys(documents))
+            return sum(segment.offline_seconds for segment in found)
+
+    def clear(self) -> None:
+        """Forget every document and give back its pages."""
+        with self._lock:
+            self.documents.clear()
 
     # --- online ----------------------------------------------------------------------------------
 
@@ -196,7 +196,9 @@ class Engine:
             Instead of the engine's.
         """
         with self._lock:
-            admitted = self._admit(documents, question, policy, new_tokens=0)
+            admitted = self._admission.admit(
+                documents, self.format.question_ids(question), policy or self.policy, new_tokens=0
+            )
             self.pool.allocator.release_session(admitted.session)
             return admitted.prefill
 
@@ -275,9 +277,9 @@ class Engine:
         """Run a prefill and tell what was reused, recomputed or missed, and why."""
         return self.prefill(documents, question, policy=policy).explain()
 
-    def kv_stats(self) -> dict[str, int]:
+    def kv_stats(self) -> AllocatorStats:
         """Pages and bytes of the pool by class, and what the store holds."""
-        return dict(self.pool.allocator.stats())
+        return self.pool.allocator.stats()
 
     # --- inside ----------------------------------------------------------------------------------
 
@@ -299,7 +301,13 @@ class Engine:
             )
             try:
                 for number, (documents, question) in enumerate(requests):
-                    admitted = self._admit(documents, question, policy, max_new_tokens)
+                    admitted = self._admission.admit(
+                        documents,
+                        self.format.question_ids(question),
+                        policy or self.policy,
+                        new_tokens=max_new_tokens,
+                        running=loop.sessions,
+                    )
                     request = Request(number, admitted.session, admitted.rules, admitted.prefill)
                     yield from loop.start(request, sampling)
                 yield from loop.run()
@@ -307,190 +315,8 @@ class Engine:
             finally:
                 loop.release()
 
-    def _check_length(self, num_tokens: int, what: str) -> None:
-        if num_tokens > self.decoder.max_context:
-            raise InputError(
-                f"{what} have {num_tokens} tokens, more than the model's context of "
-                f"{self.decoder.max_context}"
-            )
 
-    def _admit(
-        self,
-        documents: Sequence[str],
-        question: TextOrIds,
-        policy: Policy | None,
-        new_tokens: int,
-    ) -> _Admitted:
-        """Prefill one request into a new session; on any error nothing of it is left behind."""
-        policy = policy if policy is not None else self.policy
-        if isinstance(documents, str):
-            raise InputError("documents must be a list of ids, got one string; write [id]")
-        question_ids = self.format.question_ids(question)
-        parts = [self.documents.prefix_ids]
-        parts += [self.documents.token_ids(document) for document in documents]
-        token_ids = np.concatenate([*parts, question_ids])
-        self._check_length(len(token_ids) + max(new_tokens - 1, 0), "prompt and new tokens")
-
-        started = time.perf_counter()
-        heads = policy.effective_heads(self.heads)
-        windows, sinks = heads.rules(self.decoder.sliding_windows)
-        rules = HeadRules(heads.is_global, windows, sinks)
-        keep = self.documents.keys(documents)
-        found: list[Found] = []
-        prefix = None
-        if policy.reuses_documents:
-            prefix = self.documents.prefix(keep)
-            found = [self.documents.find(document, keep) for document in documents]
-        layout = self._layout(token_ids, prefix, found)
-        plan = policy.plan(layout, heads)
-        session = self._open_session(prefix, found, layout, plan, rules, new_tokens, keep)
-        try:
-            counter = FlopCounter(self.decoder.shape)
-            logits = self._runner.prefill(
-                session,
-                Prompt(token_ids, layout, plan),
-                rules,
-                tail_slots=lambda layer: self.pool.allocator.tail_slots(
-                    session, layer, layout.num_tokens - layout.query_begin
-                ),
-                counter=counter,
-            )
-            assert logits is not None
-            _synchronize(logits)
-            ttft_seconds = time.perf_counter() - started
-            self.pool.allocator.expire(session)
-        except BaseException:
-            self.pool.allocator.release_session(session)
-            raise
-        explanation = self._explain(
-            policy, documents, parts, question_ids, found, layout, plan, rules, session
-        )
-        ledger = self._ledger(counter, len(token_ids), found, documents)
-        prefill = Prefill(
-            logits=logits,
-            token_ids=token_ids.tolist(),
-            ttft_seconds=ttft_seconds,
-            ledger=ledger,
-            kv_bytes=explanation.kv_bytes,
-            explanation=explanation,
-        )
-        return _Admitted(session, rules, prefill)
-
-    def _layout(
-        self, token_ids: np.ndarray, prefix: Found | None, found: list[Found]
-    ) -> PromptLayout:
-        prefix_end = prefix.segment.num_tokens if prefix is not None else 0
-        placements = place(prefix_end, [item.segment for item in found])
-        query_begin = placements[-1].end if placements else prefix_end
-        return PromptLayout(prefix_end, placements, query_begin, len(token_ids))
-
-    def _open_session(
-        self,
-        prefix: Found | None,
-        found: list[Found],
-        layout: PromptLayout,
-        plan: RecoveryPlan,
-        rules: HeadRules,
-        new_tokens: int,
-        keep: set[str],
-    ) -> int:
-        """A session with every document attached and room for all that will be written."""
-        allocator = self.pool.allocator
-        num_query_rows = layout.num_tokens - layout.query_begin
-        while True:
-            session = allocator.create_session(rules.windows, rules.sinks)
-            try:
-                for item in ([prefix] if prefix is not None else []) + found:
-                    allocator.append_segment(session, item.segment.handle)
-                copies = [
-                    allocator.append_tokens([session], [num_query_rows], expire_first=False),
-                    allocator.make_writable(session, _write_requests(plan, rules.is_global)),
-                ]
-                # Room for decoding is not taken yet, but must be there.
-                room = allocator.fork_session(session)
-                try:
-                    allocator.append_tokens([room], [new_tokens], expire_first=False)
-                finally:
-                    allocator.release_session(room)
-                for pages in copies:
-                    self.pool.copy(pages)
-                return session
-            except OutOfPages as missing:
-                allocator.release_session(session)
-                self.documents.make_room(
-                    keep, missing, f"a prompt of {layout.num_tokens} tokens"
-                )
-            except BaseException:
-                allocator.release_session(session)
-                raise
-
-    def _explain(
-        self,
-        policy: Policy,
-        documents: Sequence[str],
-        parts: list[np.ndarray],
-        question_ids: np.ndarray,
-        found: list[Found],
-        layout: PromptLayout,
-        plan: RecoveryPlan,
-        rules: HeadRules,
-        session: int,
-    ) -> Explanation:
-        num_heads = rules.is_global.size
-        reports = []
-        position = len(parts[0])
-        for number, document in enumerate(documents):
-            begin, end = position, position + len(parts[number + 1])
-            position = end
-            if not found:
-                report = DocumentReport(
-                    document, begin, end, "not used",
-                    f"policy {policy.name} computes every token", 0, 0, num_heads, end - begin,
-                )  # fmt: skip
-            else:
-                item, placement = found[number], layout.documents[number]
-                refreshed, rows = _refreshed(plan, rules.is_global, placement.begin, placement.end)
-                where = (
-                    "at home behind the same prefix, exact"
-                    if placement.exact
-                    else f"moved by {placement.offset} tokens, keys rotated in place"
-                    if placement.offset
-                    else "at home, but other documents came before"
-                )
-                report = DocumentReport(
-                    document, begin, end, "computed" if item.computed else "cached",
-                    f"{item.reason}; {where}", placement.offset,
-                    num_heads - refreshed, refreshed, rows,
-                )  # fmt: skip
-            reports.append(report)
-        allocator = self.pool.allocator
-        return Explanation(
-            policy=policy.name,
-            prefix_tokens=len(parts[0]),
-            question_tokens=len(question_ids),
-            documents=tuple(reports),
-            kv_bytes=allocator.session_pages(session) * self._page_bytes,
-            private_kv_bytes=allocator.session_private_pages(session) * self._page_bytes,
-        )
-
-    def _ledger(
-        self, counter: FlopCounter, num_tokens: int, found: list[Found], documents: Sequence[str]
-    ) -> Ledger:
-        shape, native = self.decoder.shape, self.decoder.native_windows()
-        unique = {item.segment.key: item.segment for item in found}
-        return Ledger(
-            parts=counter.close(),
-            dense_flops=dense_prefill_flops(shape, num_tokens, native),
-            prefix_cached_dense_flops=dense_prefill_flops(
-                shape, num_tokens, native, cached_tokens=len(self.documents.prefix_ids)
-            ),
-            offline_flops=sum(segment.offline_flops for segment in unique.values()),
-        )
-
-
-def _requests(
-    documents: Any, question: Any
-) -> tuple[list[tuple[Sequence[str], TextOrIds]], bool]:
+def _requests(documents: Any, question: Any) -> tuple[list[tuple[Sequence[str], TextOrIds]], bool]:
     """Requests of a call to generate, and whether it was a batch."""
     is_batch = (
         isinstance(question, (list, tuple))
@@ -505,38 +331,3 @@ def _requests(
             f"and {len(question)} questions"
         )
     return list(zip(documents, question, strict=True)), True
-
-
-def _write_requests(
-    plan: RecoveryPlan, is_global: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(head mask, positions) of everything the plan replaces; layers that agree share one."""
-    requests: dict[tuple[int, bool], tuple[np.ndarray, np.ndarray]] = {}
-    for layer, step in enumerate(plan.layers):
-        for positions, heads in ((step.live, is_global[layer]), (step.fresh_local, ~is_global[layer])):
-            if not len(positions) or not heads.any():
-                continue
-            mask, _ = requests.setdefault(
-                (id(positions), positions is step.live),
-                (np.zeros(is_global.shape, dtype=np.uint8), positions),
-            )
-            mask[layer] |= heads
-    return list(requests.values())
-
-
-def _refreshed(
-    plan: RecoveryPlan, is_global: np.ndarray, begin: int, end: int
-) -> tuple[int, int]:
-    """(layer, head) pairs refreshed somewhere in [begin, end), and the most rows live in it."""
-    heads = rows = 0
-    for layer, step in enumerate(plan.layers):
-        live = int(((step.live >= begin) & (step.live < end)).sum())
-        fresh = bool(((step.fresh_local >= begin) & (step.fresh_local < end)).any())
-        rows = max(rows, live)
-        heads += int(is_global[layer].sum()) * (live > 0) + int((~is_global[layer]).sum()) * fresh
-    return heads, rows
-
-
-def _synchronize(tensor: Tensor) -> None:
-    if tensor.device.type == "cuda":
-        torch.cuda.synchronize(tensor.device)

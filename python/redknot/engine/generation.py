@@ -44,6 +44,11 @@ class GenerationLoop:
         self._samplers: list[Sampler] = []
         self._streams: list[TextStream] = []
 
+    @property
+    def sessions(self) -> list[int]:
+        """Sessions of all requests so far."""
+        return [request.session for request in self._requests]
+
     def start(self, request: Request, sampling: Sampling) -> Iterator[tuple[int, str]]:
         """Take over a prefilled request and emit its first token."""
         self._requests.append(request)

@@ -61,7 +61,7 @@ class PromptFormat:
         self.separator = separator if separator is not None else ("\n\n" if self.chat else "")
         self._question_head, self._question_tail = "", ""
         if self.chat:
-            self.prefix_ids = self._split_template(prefix or "")
+            self.prefix_ids = self._split_template(prefix if isinstance(prefix, str) else "")
         elif isinstance(prefix, str):
             self.prefix_ids = np.concatenate([self._bos(config), self._encode("prefix", prefix)])
         elif prefix is not None:
@@ -114,7 +114,9 @@ class PromptFormat:
 
     def _encode(self, what: str, text: str) -> np.ndarray:
         if self.tokenizer is None:
-            raise InputError(f"the {what} is text, but there is no tokenizer; pass token ids or tokenizer=")
+            raise InputError(
+                f"the {what} is text, but there is no tokenizer; pass token ids or tokenizer="
+            )
         ids = self.tokenizer(text, add_special_tokens=False).input_ids
         return np.asarray(ids, dtype=np.int64)
 

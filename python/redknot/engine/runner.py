@@ -89,7 +89,9 @@ class Runner:
                 rows = np.concatenate([live, query])
                 cu_seqlens_q, q_positions = self._query_index(rows)
             normed = decoder.attention_norm(layer, hidden)
-            self._refresh_kv(session, layer, normed, rows, key_positions, step, rules, tail_slots, counter)
+            self._refresh_kv(
+                session, layer, normed, rows, key_positions, step, rules, tail_slots, counter
+            )
             if progress is not None:
                 progress()
             if not want_logits and layer == len(plan.layers) - 1:
@@ -163,7 +165,9 @@ class Runner:
             counter.key_value(len(chosen), columns)
             counter.rotation(len(chosen) * len(heads))
 
-    def _select(self, attention_out: Tensor, rule: FfnRule, forced: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(
+        self, attention_out: Tensor, rule: FfnRule, forced: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Rows whose FFN runs, as (indices [num_rows] int32 padded, count [1] int32).
 
         Everything stays on the device: the host never waits for the count.

@@ -2,6 +2,6 @@
 
 from redknot.models.decoder import Decoder
 from redknot.models.families import FAMILIES, Family, family_of
-from redknot.models.loading import load_model, load_tokenizer
+from redknot.models.loading import load_config, load_model, load_tokenizer
 
-__all__ = ["FAMILIES", "Decoder", "Family", "family_of", "load_model", "load_tokenizer"]
+__all__ = ["FAMILIES", "Decoder", "Family", "family_of", "load_config", "load_model", "load_tokenizer"]

@@ -67,7 +67,9 @@ class Decoder:
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ModelError(f"the model's dtype must be float32, bfloat16 or float16, got {self.dtype}")
+            raise ModelError(
+                f"the model's dtype must be float32, bfloat16 or float16, got {self.dtype}"
+            )
         self.max_context: int = config.max_position_embeddings
         self.sliding_windows = self.family.sliding_windows(config)
 
@@ -158,7 +160,7 @@ class Decoder:
         return _is_plain_linear(attention.k_proj) and _is_plain_linear(attention.v_proj)
 
     def add_attention(self, layer: int, hidden: Tensor, attention_out: Tensor) -> Tensor:
-        """hidden + O(attention_out), with attention_out [num_rows, num_q_heads, head_dim]."""
+        """Hidden + O(attention_out), with attention_out [num_rows, num_q_heads, head_dim]."""
         return hidden + self._layers[layer].self_attn.o_proj(attention_out.flatten(1))
 
     def add_ffn(self, layer: int, hidden: Tensor) -> Tensor:
@@ -178,7 +180,7 @@ class Decoder:
         plain = all(_is_plain_linear(m) and m.bias is None for m in _ffn_projections(mlp))
         if plain and isinstance(mlp.act_fn, nn.SiLU):
             norm = block.post_attention_layernorm
-            return ops.gathered_ffn(
+            ops.gathered_ffn(
                 hidden,
                 norm.weight,
                 norm.variance_epsilon,
@@ -188,6 +190,7 @@ class Decoder:
                 count,
                 w_up=mlp.up_proj.weight,
             )
+            return hidden
         rows = indices[: int(count)].long()
         for chunk in rows.split(_FFN_CHUNK_ROWS):
             hidden[chunk] += mlp(block.post_attention_layernorm(hidden[chunk]))
@@ -211,6 +214,4 @@ def _ffn_projections(mlp: nn.Module) -> tuple[Any, Any, Any]:
 
 def _is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is nothing but x W^T + b, so that its weight may be used directly."""
-    return (
-        type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
-    )
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks

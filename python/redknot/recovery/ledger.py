@@ -100,7 +100,6 @@ class FlopCounter:
         self._add("lm_head", 2.0 * self.shape.hidden_dim * self.shape.vocab_size)
 
 
-
 def dense_prefill_flops(
     shape: ModelShape, num_tokens: int, windows: np.ndarray, *, cached_tokens: int = 0
 ) -> float:

@@ -60,8 +60,8 @@ def segment_key(
     fingerprint: str,
     dtype: torch.dtype,
     inv_freq: np.ndarray,
-    prefix_ids: Sequence[int],
-    token_ids: Sequence[int],
+    prefix_ids: Sequence[int] | np.ndarray,
+    token_ids: Sequence[int] | np.ndarray,
     stored: str = "kv",
 ) -> str:
     """Key of one segment (hex SHA-256).

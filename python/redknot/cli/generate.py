@@ -1,0 +1,182 @@
+"""`redknot generate`: the main job on a checkpoint and text files of the user's own."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from redknot.cli.output import bytes_text, print_json, progress_bar, quiet_libraries, table
+from redknot.errors import InputError
+
+__all__ = ["add_parser", "run"]
+
+_POLICIES = ("redknot", "naive", "dense")
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="answer a question over text files, and say what reuse saved",
+        description="Cache each document once, answer the question over all of them, and compare "
+        "time, memory and FLOPs with dense prefill of the same tokens in the same run.",
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--head-map", help="head map JSON; default: every head global (exact)")
+    parser.add_argument("--doc", action="append", default=[], help="text file (repeat for more)")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--prefix", help="system prompt; default: the model's BOS alone")
+    parser.add_argument("--policy", choices=_POLICIES, default="redknot")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3, help="runs per median (default 3)")
+    parser.add_argument("--no-compare", action="store_true", help="leave the dense runs out")
+    parser.add_argument("--kv-budget", help="bytes of the page pool, such as 8GiB")
+    parser.add_argument("--page-size", type=int, default=64, help="tokens per page (default 64)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--alone", action="store_true", help="cache documents without the prefix")
+    parser.add_argument("--no-chat", action="store_true", help="do not use the chat template")
+    parser.add_argument("--stop", action="append", default=[], help="stop string (repeat for more)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    sampling = parser.add_argument_group("sampling (default: greedy)")
+    sampling.add_argument("--temperature", type=float, default=0.0)
+    sampling.add_argument("--top-k", type=int)
+    sampling.add_argument("--top-p", type=float)
+    sampling.add_argument("--seed", type=int)
+    options = parser.add_argument_group("options of the redknot policy")
+    for field in _redknot_fields():
+        options.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=float if "float" in str(field.type) else int,
+            help=f"default {field.default}",
+        )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command."""
+    if args.repeats < 1:
+        raise InputError(f"--repeats must be at least 1, got {args.repeats}")
+    texts = [_read_text(path) for path in args.doc]
+    policy = _policy(args)
+    quiet_libraries()
+    from redknot.engine import Engine
+    from redknot.eval.measure import compare_with_dense
+    from redknot.heads import HeadMap
+    from redknot.models import load_config, load_model, load_tokenizer
+
+    # Whatever is wrong with the small files is said before the weights are read.
+    config = load_config(args.model)
+    heads = HeadMap.from_json(args.head_map) if args.head_map else None
+    if heads is not None:
+        heads.check_model(config.num_hidden_layers, config.num_key_value_heads)
+    tokenizer = load_tokenizer(args.model)
+    engine = Engine(
+        load_model(args.model, dtype=args.dtype, device=args.device),
+        heads,
+        policy=policy,
+        prefix=args.prefix,
+        tokenizer=tokenizer,
+        kv_budget=args.kv_budget,
+        page_size=args.page_size,
+        chat=False if args.no_chat else None,
+        behind_prefix=not args.alone,
+    )
+    documents = []
+    total = len(texts) * engine.decoder.shape.num_layers
+    with progress_bar(total, "caching documents", "layer") as bar:
+        for path, text in zip(args.doc, texts, strict=True):
+            bar.set_postfix_str(Path(path).name)
+            documents.append(engine.add(text, progress=bar.update))
+    report = compare_with_dense(
+        engine,
+        documents,
+        args.question,
+        repeats=args.repeats,
+        compare=not args.no_compare,
+        max_new_tokens=args.max_new_tokens,
+        stop=args.stop,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    names = dict(zip(documents, args.doc, strict=True))
+    if args.json:
+        print_json(report.to_dict(names))
+    else:
+        print(_text(report, names))
+    return 0
+
+
+def _redknot_fields() -> tuple[Any, ...]:
+    from redknot.recovery import RedKnot
+
+    return dataclasses.fields(RedKnot)
+
+
+def _policy(args: argparse.Namespace) -> Any:
+    from redknot.recovery import Dense, Naive, RedKnot
+
+    given = {f.name: getattr(args, f.name) for f in _redknot_fields()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.policy != "redknot" and given:
+        option = next(iter(given)).replace("_", "-")
+        raise InputError(f"--{option} is an option of --policy redknot, not of {args.policy}")
+    return {"dense": Dense, "naive": Naive, "redknot": RedKnot}[args.policy](**given)
+
+
+def _read_text(path: str) -> str:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot read the file: {error.strerror}") from None
+    if not text.strip():
+        raise InputError(f"{path}: the document is empty")
+    return text
+
+
+def _text(report: Any, names: dict[str, str]) -> str:
+    answer = report.answer
+    ledger = answer.ledger
+    rows = [
+        [
+            run.name,
+            f"{1e3 * run.ttft_seconds:.1f} ms",
+            f"{report.ttft_ratio(run):.2f}x",
+            f"{1e3 * run.seconds_per_token:.2f} ms",
+            bytes_text(run.peak_bytes) if run.peak_bytes else "?",
+        ]
+        for run in report.runs
+    ]
+    explanation = answer.explain()
+    lines = [
+        answer.text.strip() or "(no text)",
+        "",
+        table(["run (medians)", "TTFT", "ours vs it", "per token", "peak memory"], rows),
+        "",
+        f"prompt {len(answer.prompt_token_ids)} tokens, answer {len(answer.token_ids)} tokens "
+        f"({answer.finish_reason})",
+        f"FLOPs: {ledger.flops:.3g} of {ledger.dense_flops:.3g} dense; saved {ledger.saved:.1%} "
+        f"({ledger.saved_over_prefix_cache:.1%} against dense with a cached prefix)",
+        "  " + ", ".join(f"{name} {value:.3g}" for name, value in ledger.parts.items()),
+        f"offline: {ledger.offline_flops:.3g} FLOPs, {report.offline_seconds:.2f} s once; "
+        f"paid back after {_reuses(ledger.break_even_reuses)}",
+        f"KV held: {bytes_text(explanation.kv_bytes)} ({bytes_text(explanation.private_kv_bytes)} "
+        f"by this session alone); dense would hold {bytes_text(report.dense_kv_bytes)}",
+        "",
+        *(f"{names[d.id]}\n  {d}" for d in explanation.documents),
+    ]
+    return "\n".join(lines)
+
+
+def _reuses(count: float) -> str:
+    if count == float("inf"):
+        return "no number of reuses (nothing is saved)"
+    return f"{count:.1f} reuses"
