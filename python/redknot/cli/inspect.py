@@ -1,0 +1,272 @@
+"""`redknot inspect`: what a head map would save on a model, told before anything is computed."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from redknot.cli.output import bytes_text, print_json, table
+from redknot.errors import InputError
+
+if TYPE_CHECKING:
+    from redknot.heads import HeadMap
+    from redknot.recovery import ModelShape
+
+__all__ = ["add_parser", "run"]
+
+_KEEP_HELP = (
+    "share of the moved tokens whose FFN runs in sparse layers; known only after a run "
+    "(default 1: dense FFN)"
+)
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="what a head map would save in bytes and FLOPs",
+        description="Read a head map and a model's config.json (no weights), and count the bytes "
+        "of a session and the FLOPs of a prefill over cached documents.",
+    )
+    parser.add_argument("--head-map", required=True, help="head map JSON")
+    parser.add_argument("--model-config", required=True, help="checkpoint folder or hub id")
+    parser.add_argument("--context", type=int, required=True, help="tokens of a session")
+    parser.add_argument("--question-tokens", type=int, default=64, help="of those (default 64)")
+    parser.add_argument("--page-size", type=int, default=64, help="tokens per page (default 64)")
+    parser.add_argument("--ffn-keep", type=float, default=1.0, help=_KEEP_HELP)
+    parser.add_argument(
+        "--dense-until", type=int, default=0, help="first layer whose FFN is sparse (default 0)"
+    )
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the map and the bytes")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the sub-command."""
+    _check(args)
+    from redknot.cli.output import quiet_libraries
+    from redknot.heads import HeadMap
+    from redknot.models import family_of, load_config
+
+    quiet_libraries()
+    heads = HeadMap.from_json(args.head_map)
+    config = load_config(args.model_config)
+    shape = _model_shape(config)
+    heads.check_model(shape.num_layers, shape.num_kv_heads)
+    sliding_windows = family_of(config).sliding_windows(config)
+    element_bytes = _bytes_per_element(config)
+    report = {
+        "head_map": heads.summary(),
+        "model": {
+            "model_type": config.model_type,
+            "bytes_per_element": element_bytes,
+            "max_context": config.max_position_embeddings,
+            "layers_with_sliding_window": sum(window is not None for window in sliding_windows),
+        },
+        "context": args.context,
+        "page_size": args.page_size,
+        "bytes": [
+            _bytes_at(context, heads, shape, sliding_windows, element_bytes, args.page_size)
+            for context in _contexts(args.context)
+        ],
+        "prefill_flops": _flops(args, heads, shape, sliding_windows),
+    }
+    if args.plot:
+        _plot(args.plot, heads, report["bytes"])
+    if args.json:
+        print_json(report)
+    else:
+        print(_text(report, heads))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    for option, least in (("context", 1), ("question_tokens", 1), ("page_size", 1)):
+        if getattr(args, option) < least:
+            flag = option.replace("_", "-")
+            raise InputError(f"--{flag} must be at least {least}, got {getattr(args, option)}")
+    if args.question_tokens > args.context:
+        raise InputError(
+            f"--question-tokens ({args.question_tokens}) must not exceed --context ({args.context})"
+        )
+    if not 0 < args.ffn_keep <= 1:
+        raise InputError(f"--ffn-keep must be in (0, 1], got {args.ffn_keep}")
+    if args.dense_until < 0:
+        raise InputError(f"--dense-until must be at least 0, got {args.dense_until}")
+
+
+def _model_shape(config: Any) -> ModelShape:
+    from redknot.recovery import ModelShape
+
+    head_dim = getattr(config, "head_dim", None)
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_q_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        hidden_dim=config.hidden_size,
+        ffn_dim=config.intermediate_size,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _bytes_per_element(config: Any) -> int:
+    """Bytes of the checkpoint's dtype; two where the config does not say."""
+    dtype = getattr(config, "dtype", None)
+    return getattr(dtype, "itemsize", None) or (4 if str(dtype).endswith("float32") else 2)
+
+
+def _contexts(context: int) -> list[int]:
+    """Return shorter contexts on the way to the asked one."""
+    return sorted({max(1, context // divisor) for divisor in (16, 4, 1)})
+
+
+def _bytes_at(
+    context: int,
+    heads: HeadMap,
+    shape: ModelShape,
+    sliding_windows: list[int | None],
+    element_bytes: int,
+    page_size: int,
+) -> dict[str, float]:
+    """Bytes of one session whose context nobody shares, and how many more fit for that."""
+    from redknot.heads import HeadMap
+
+    def held(head_map: HeadMap) -> int:
+        return head_map.kv_bytes(
+            context,
+            head_dim=shape.head_dim,
+            bytes_per_element=element_bytes,
+            page_size=page_size,
+            sliding_windows=sliding_windows,
+        )
+
+    full = held(HeadMap.all_global(heads.num_layers, heads.num_kv_heads))
+    mapped = held(heads)
+    return {
+        "context": context,
+        "full_kv_bytes": full,
+        "head_map_kv_bytes": mapped,
+        "saved": 1 - mapped / full,
+        "session_ceiling": full / mapped,
+    }
+
+
+def _flops(
+    args: argparse.Namespace,
+    heads: HeadMap,
+    shape: ModelShape,
+    sliding_windows: list[int | None],
+) -> dict[str, Any]:
+    """FLOPs of a prefill over cached documents, RedKnot as published, against dense."""
+    from redknot.heads import HeadMap
+    from redknot.recovery import FlopCounter, dense_prefill_flops
+
+    num_tokens, question = args.context, args.question_tokens
+    own, _ = HeadMap.all_global(heads.num_layers, heads.num_kv_heads).rules(sliding_windows)
+    windows, sinks = heads.rules(sliding_windows)
+    positions = np.arange(num_tokens)
+    counter = FlopCounter(shape)
+    for layer in range(shape.num_layers):
+        num_global = int(heads.is_global[layer].sum())
+        num_local = shape.num_kv_heads - num_global
+        counter.query_and_output(num_tokens)
+        counter.key_value(num_tokens, num_global)
+        counter.key_value(question, num_local)
+        counter.rotation(num_tokens * (shape.num_q_heads + num_global) + question * num_local)
+        counter.attention(positions, windows[layer], sinks[layer])
+        if args.ffn_keep < 1 and layer >= args.dense_until:
+            counter.selection(num_tokens)
+            counter.ffn(question + round(args.ffn_keep * (num_tokens - question)))
+        else:
+            counter.ffn(num_tokens)
+    counter.lm_head()
+    parts = counter.close()
+    dense = dense_prefill_flops(shape, num_tokens, own)
+    total = sum(parts.values())
+    return {
+        "dense": dense,
+        "redknot": total,
+        "parts": parts,
+        "saved": 1 - total / dense,
+        "assumptions": [
+            f"{num_tokens - question} tokens of cached documents behind another prefix, "
+            f"{question} tokens of question",
+            "every document row lives in every layer (RedKnot as published): its K and V are "
+            "computed in global heads, and kept as cached in local heads",
+            f"the FFN runs for {args.ffn_keep:.0%} of the document tokens from layer "
+            f"{args.dense_until} on"
+            if args.ffn_keep < 1
+            else "the FFN runs for every token (--ffn-keep counts a sparse one)",
+            "logits of the last row alone; dense prefill has no cached prefix",
+        ],
+    }
+
+
+def _text(report: dict[str, Any], heads: HeadMap) -> str:
+    model, flops = report["model"], report["prefill_flops"]
+    lines = [str(heads), ""]
+    if model["layers_with_sliding_window"]:
+        lines.append(
+            f"{model['layers_with_sliding_window']} layers have a sliding window of the model's "
+            "own; both columns respect it"
+        )
+    rows = [
+        [
+            f"{row['context']:,}",
+            bytes_text(row["full_kv_bytes"]),
+            bytes_text(row["head_map_kv_bytes"]),
+            f"{row['saved']:.1%}",
+            f"{row['session_ceiling']:.2f}x",
+        ]
+        for row in report["bytes"]
+    ]
+    header = ["context", "full KV", "head map", "saved", "session ceiling"]
+    lines += [
+        f"KV of one session, {model['bytes_per_element']} bytes per element, "
+        f"pages of {report['page_size']} tokens:",
+        table(header, rows),
+        "The ceiling is how many more sessions fit when none shares a page.",
+        "",
+        f"prefill of {report['context']:,} tokens: {flops['dense'] / 1e12:.4g} TFLOP dense, "
+        f"{flops['redknot'] / 1e12:.4g} TFLOP redknot ({flops['saved']:.1%} saved)",
+        table(
+            ["part", "TFLOP"],
+            [[part, f"{count / 1e12:.4g}"] for part, count in flops["parts"].items()],
+        ),
+        "Assumed:",
+        *(f"  - {line}" for line in flops["assumptions"]),
+    ]
+    return "\n".join(lines)
+
+
+def _plot(path: str, heads: HeadMap, sizes: list[dict[str, float]]) -> None:
+    """Draw the windows of all heads, and bytes over context."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install 'redknot[plot]'") from None
+    if not path.endswith(".png"):
+        raise InputError(f"--plot must name a .png file, got {path}")
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    reach = np.where(heads.is_global, np.nan, heads.windows + heads.sinks)
+    image = left.imshow(reach, aspect="auto", interpolation="nearest", cmap="viridis_r")
+    image.cmap.set_bad("crimson")
+    left.set(xlabel="KV head", ylabel="layer", title="reach in tokens (red: global)")
+    if not heads.is_global.all():
+        figure.colorbar(image, ax=left)
+    contexts = [row["context"] for row in sizes]
+    for key, label in (("full_kv_bytes", "full KV"), ("head_map_kv_bytes", "head map")):
+        right.plot(contexts, [row[key] / 2**20 for row in sizes], marker="o", label=label)
+    right.set(xlabel="context, tokens", ylabel="MiB per session", title="KV bytes")
+    right.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write it: {error.strerror or error}") from error
