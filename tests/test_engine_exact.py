@@ -29,9 +29,7 @@ LENGTHS = {"one document": [37], "odd": [37, 16, 61], "five": [5, 33, 1, 64, 17]
 
 def make_engine(model, **options) -> Engine:
     heads = HeadMap.all_global(model.config.num_hidden_layers, model.config.num_key_value_heads)
-    return Engine(
-        model, heads, kv_budget="32MiB", page_size=16, poison_freed_pages=True, **options
-    )
+    return Engine(model, heads, kv_budget="32MiB", page_size=16, poison_freed_pages=True, **options)
 
 
 def hugging_face_logits(model, token_ids: list[int]) -> torch.Tensor:
@@ -87,7 +85,9 @@ def test_any_prefix(options):
 def test_local_windows_that_cover_everything_are_exact():
     model = tiny_model("llama", 4, 2)
     heads = HeadMap.all_local(3, 2, window=512, sink=4)
-    engine = Engine(model, heads, policy=RedKnot(boundary_rows=512), kv_budget="32MiB", page_size=16)
+    engine = Engine(
+        model, heads, policy=RedKnot(boundary_rows=512), kv_budget="32MiB", page_size=16
+    )
     rng = np.random.default_rng(4)
     documents = [engine.add(random_tokens(rng, n)) for n in (40, 25, 33)]
     prefill = engine.prefill(documents, random_tokens(rng, 6))

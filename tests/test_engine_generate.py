@@ -130,9 +130,7 @@ def test_decoding_past_the_window_frees_pages_and_changes_nothing(setup):
     ids = [wide.add(engine.documents.token_ids(document)) for document in documents]
     assert wide.generate(ids, questions[1], max_new_tokens=200).token_ids == answer.token_ids
 
-    session = engine._admission.admit(
-        documents, np.array(questions[1]), RedKnot(), new_tokens=200
-    )
+    session = engine._admission.admit(documents, np.array(questions[1]), RedKnot(), new_tokens=200)
     allocator, page_size = engine.pool.allocator, engine.pool.page_size
     try:
         for token in answer.token_ids[:-1]:

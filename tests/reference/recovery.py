@@ -136,7 +136,10 @@ def recover(model, prefix, documents, query, cached, rules: Rules, *, live: bool
                 new[head, :query_begin][stale] = cache[head][stale]
             masks.append(
                 _visible(
-                    length, is_global, rules.window[layer][head], rules.sink[layer][head],
+                    length,
+                    is_global,
+                    rules.window[layer][head],
+                    rules.sink[layer][head],
                     _native_window(model, layer),
                 )
             )

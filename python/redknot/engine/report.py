@@ -86,8 +86,9 @@ def _refreshed(plan: RecoveryPlan, is_global: np.ndarray, begin: int, end: int) 
     """(layer, head) pairs refreshed somewhere in [begin, end), and the most rows live in it."""
     heads = rows = 0
     for layer, step in enumerate(plan.layers):
-        live = int(((step.live >= begin) & (step.live < end)).sum())
-        fresh = bool(((step.fresh_local >= begin) & (step.fresh_local < end)).any())
-        rows = max(rows, live)
-        heads += int(is_global[layer].sum()) * (live > 0) + int((~is_global[layer]).sum()) * fresh
-    return heads, rows
+        live = np.diff(np.searchsorted(step.live, (begin, end)))[0]
+        fresh = np.diff(np.searchsorted(step.fresh_local, (begin, end)))[0]
+        rows = max(rows, int(live))
+        num_global = int(is_global[layer].sum())
+        heads += num_global * (live > 0) + (is_global.shape[1] - num_global) * (fresh > 0)
+    return int(heads), rows

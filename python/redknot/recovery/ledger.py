@@ -6,6 +6,7 @@ counts every visible (query head, key) pair exactly, from the visibility rule.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,10 +66,10 @@ class FlopCounter:
 
     def attention(self, positions: np.ndarray, windows: np.ndarray, sinks: np.ndarray) -> None:
         """QK and PV of one layer; windows, sinks [num_kv_heads]; positions of the query rows."""
-        rules, counts = np.unique(np.stack([windows, sinks]), axis=1, return_counts=True)
+        rules = Counter(zip(windows.tolist(), sinks.tolist(), strict=True))
         pairs = sum(
-            int(count) * visible_keys(positions, int(window), int(sink))
-            for (window, sink), count in zip(rules.T, counts, strict=True)
+            count * visible_keys(positions, window, sink)
+            for (window, sink), count in rules.items()
         )
         self._add("attention", 4.0 * self.shape.head_dim * self.shape.group_size * pairs)
 

@@ -1,0 +1,77 @@
+"""The ledger against counting by hand, pair by pair."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from reference.recovery import _visible
+from tiny_models import random_tokens, tiny_model
+
+from redknot import Dense, Engine, HeadMap, Naive, RedKnot
+from redknot.recovery import FlopCounter, ModelShape, dense_prefill_flops
+from redknot.recovery.ledger import visible_keys
+
+SHAPE = ModelShape(
+    num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=16, ffn_dim=24,
+    vocab_size=50,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [-1, 1, 4, 100])
+@pytest.mark.parametrize("sink", [0, 1, 6])
+def test_visible_keys_counts_the_mask(window, sink):
+    length = 23
+    mask = _visible(length, window < 0, window, sink, None)
+    positions = np.array([0, 1, 5, 6, 7, 21, 22])
+    assert visible_keys(positions, window, sink) == int(mask[positions].sum())
+
+
+def test_dense_prefill_by_hand():
+    length, e, d = 7, SHAPE.hidden_dim, SHAPE.head_dim
+    projections = 2 * length * e * (4 * d) * 2 + 2 * length * e * (2 * d) * 2
+    attention = 4 * (2 * 2 * d * length * (length + 1) // 2)
+    rotation = 3 * d * length * (4 + 2)
+    ffn = 6 * length * e * SHAPE.ffn_dim
+    expected = 2 * (projections + attention + rotation + ffn) + 2 * e * SHAPE.vocab_size
+    assert dense_prefill_flops(SHAPE, length, np.full((2, 2), -1)) == expected
+
+
+def test_attention_weighs_heads_by_their_own_rule():
+    counter = FlopCounter(SHAPE)
+    positions = np.arange(10)
+    counter.attention(positions, np.array([-1, 3]), np.array([0, 1]))
+    pairs = sum(
+        int(_visible(10, g, w, s, None).sum()) for g, w, s in ((True, -1, 0), (False, 3, 1))
+    )
+    assert counter.close()["attention"] == 4 * SHAPE.head_dim * SHAPE.group_size * pairs
+
+
+@pytest.mark.transformers
+def test_the_engines_ledger():
+    model = tiny_model("llama", 4, 2)
+    heads = HeadMap([["local", "global"]] * 3, window=8, sink=2)
+    engine = Engine(model, heads, kv_budget="8MiB", page_size=16)
+    rng = np.random.default_rng(0)
+    documents = [engine.add(random_tokens(rng, n)) for n in (30, 40, 50)]
+    question = random_tokens(rng, 6)
+    dense, naive, redknot = (
+        engine.prefill(documents, question, policy=p).ledger for p in (Dense(), Naive(), RedKnot())
+    )
+    assert dense.flops == dense.dense_flops and dense.saved == 0
+    assert dense.dense_flops == naive.dense_flops == redknot.dense_flops
+    assert 0 < redknot.saved < naive.saved < 1
+    assert redknot.prefix_cached_dense_flops < redknot.dense_flops
+    assert redknot.offline_flops > 0 == dense.offline_flops
+    gain = redknot.dense_flops - redknot.flops
+    assert math.isclose(redknot.break_even_reuses, redknot.offline_flops / gain)
+    assert dense.break_even_reuses == math.inf
+    # 90 moved rows and 6 of the query: FFN of every one, three layers.
+    assert redknot.parts["ffn"] == 3 * 6 * 96 * 64 * 96
+    sparse = engine.prefill(
+        documents, question, policy=RedKnot(dense_until=1, ffn_mass=0.2, recent_n=0)
+    ).ledger
+    assert sparse.parts["ffn"] < redknot.parts["ffn"]
+    assert sparse.parts["ffn"] % (6 * 64 * 96) == 0
+    assert sparse.parts["selection"] == 2 * 2 * 96 * 4 * 32
