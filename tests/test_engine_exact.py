@@ -68,9 +68,15 @@ def test_any_number_of_documents(case):
     assert (prefill.logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("options", [{"prefix": [9, 8, 7, 6, 5]}, {"prefix": []},
-                                     {"behind_prefix": False}, {"prefix": [], "behind_prefix": False}],
-                         ids=["long prefix", "no prefix", "alone", "alone, no prefix"])  # fmt: skip
+PREFIXES = {
+    "long prefix": {"prefix": [9, 8, 7, 6, 5]},
+    "no prefix": {"prefix": []},
+    "alone": {"behind_prefix": False},
+    "alone, no prefix": {"prefix": [], "behind_prefix": False},
+}
+
+
+@pytest.mark.parametrize("options", PREFIXES.values(), ids=PREFIXES)
 def test_any_prefix(options):
     model = tiny_model("llama", 4, 2)
     engine = make_engine(model, **options)
@@ -118,13 +124,16 @@ def test_exact_mode_takes_the_same_pages_and_ops(monkeypatch):
     rng = np.random.default_rng(6)
     documents = [engine.add(random_tokens(rng, n)) for n in (20, 30)]
     calls = {"seg_paged_attention": 0, "write_pages": 0}
+
+    def counting(name, op):
+        def counted(*args, **kwargs):
+            calls[name] += 1
+            return op(*args, **kwargs)
+
+        return counted
+
     for name in calls:
-
-        def counted(*args, _name=name, _op=getattr(ops, name), **kwargs):
-            calls[_name] += 1
-            return _op(*args, **kwargs)
-
-        monkeypatch.setattr(ops, name, counted)
+        monkeypatch.setattr(ops, name, counting(name, getattr(ops, name)))
     monkeypatch.setattr(
         torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: pytest.fail("SDPA")
     )

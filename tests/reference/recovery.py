@@ -67,7 +67,7 @@ def _native_window(model, layer: int) -> int | None:
 
 @torch.no_grad()
 def offline(model, prefix: list[int], document: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Unrotated K and V [heads, tokens, dim] of the document, computed densely behind the prefix."""
+    """Unrotated K and V [heads, tokens, dim] of a document computed densely behind the prefix."""
     ids = torch.tensor(prefix + document)
     length = len(ids)
     hidden, cached = model.model.embed_tokens(ids), []
@@ -113,7 +113,8 @@ def recover(model, prefix, documents, query, cached, rules: Rules, *, live: bool
         starts.append(position)
         position += len(document)
     moved = [
-        (begin, begin + len(d)) for n, (begin, d) in enumerate(zip(starts, documents)) if n > 0
+        (begin, begin + len(document))
+        for begin, document in list(zip(starts, documents, strict=True))[1:]
     ]
     row_live = torch.zeros(length, dtype=torch.bool)
     row_live[query_begin:] = True
