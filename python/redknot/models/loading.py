@@ -49,7 +49,11 @@ def load_model(model: str | Path, *, dtype: Any = "auto", device: str = "cpu") -
     config = load_config(model)
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
-            str(model), config=config, dtype=dtype, output_loading_info=True
+            str(model),
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
         )
         loaded, info = result
     except Exception as error:
@@ -58,9 +62,9 @@ def load_model(model: str | Path, *, dtype: Any = "auto", device: str = "cpu") -
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(f"{model}: the checkpoint lacks weights: {missing[0]}{more}")
-    mismatched = sorted(str(key) for key in info.get("mismatched_keys") or ())
-    if mismatched:
-        raise ModelError(f"{model}: weights of another shape than the config says: {mismatched[0]}")
+    for name, *shapes in sorted(info.get("mismatched_keys") or ()):
+        found, wanted = (list(shape) for shape in shapes)
+        raise ModelError(f"{model}: {name} has shape {found}, but the config says {wanted}")
     return loaded.to(device).eval()
 
 
