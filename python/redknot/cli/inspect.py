@@ -246,6 +246,7 @@ def _text(report: dict[str, Any], heads: HeadMap) -> str:
 def _plot(path: str, heads: HeadMap, sizes: list[dict[str, float]]) -> None:
     """Draw the windows of all heads, and bytes over context."""
     try:
+        from matplotlib import colormaps
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
@@ -256,8 +257,8 @@ def _plot(path: str, heads: HeadMap, sizes: list[dict[str, float]]) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     reach = np.where(heads.is_global, np.nan, heads.windows + heads.sinks)
-    image = left.imshow(reach, aspect="auto", interpolation="nearest", cmap="viridis_r")
-    image.cmap.set_bad("crimson")
+    colors = colormaps["viridis_r"].with_extremes(bad="crimson")
+    image = left.imshow(reach, aspect="auto", interpolation="nearest", cmap=colors)
     left.set(xlabel="KV head", ylabel="layer", title="reach in tokens (red: global)")
     if not heads.is_global.all():
         figure.colorbar(image, ax=left)

@@ -84,7 +84,8 @@ def _token_mask(
     **_: Any,
 ) -> TokenMask:
     """Mask function of the AttentionMaskInterface."""
-    if isinstance(q_offset, Tensor):
+    # A static cache returns keys that are not there yet.
+    if isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length:
         raise ModelError(
             f'attn_implementation="{ATTENTION_NAME}" does not work with a static cache; '
             "use a SegPagedCache or a DynamicCache"
