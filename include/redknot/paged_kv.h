@@ -21,7 +21,9 @@ static_assert(sizeof(PageRef) == 4 * sizeof(int32_t));
 // kGlobalWindow means no limit. `sink` first tokens of the sequence stay visible.
 constexpr int32_t kGlobalWindow = -1;
 
-constexpr bool is_visible(int64_t key_position, int64_t query_position, int64_t window,
+constexpr bool is_visible(int64_t key_position,
+                          int64_t query_position,
+                          int64_t window,
                           int64_t sink) {
   return key_position <= query_position &&
          (window < 0 || key_position < sink || key_position > query_position - window);
