@@ -90,6 +90,39 @@ Items make_items(const PlanInput& input) {
   return out;
 }
 
+// A plan comes back as a tensor that anybody may have written to: nothing in it may lead outside.
+bool items_in_range(const PlanInput& input, const PlanView& plan) {
+  const PlanHeader& header = *plan.header;
+  for (int32_t w = 0; w < header.num_workers; ++w) {
+    if (plan.worker_indptr[w] > plan.worker_indptr[w + 1]) return false;
+  }
+  if (plan.worker_indptr[0] != 0 || plan.worker_indptr[header.num_workers] != header.num_items) {
+    return false;
+  }
+  const int64_t group = input.num_q_heads / input.num_kv_heads;
+  for (int32_t i = 0; i < header.num_items; ++i) {
+    const WorkItem& item = plan.items[i];
+    if (item.row < 0 || item.row >= input.num_seqs * input.num_kv_heads) return false;
+    const int64_t seq = item.row / input.num_kv_heads;
+    const int64_t query_rows = (int64_t{item.q_end} - item.q_begin) * group;
+    const bool queries = input.cu_seqlens_q[seq] <= item.q_begin && item.q_begin < item.q_end &&
+                         item.q_end <= input.cu_seqlens_q[seq + 1] &&
+                         item.q_end - item.q_begin <= tile_tokens(group);
+    const bool refs = input.row_indptr[item.row] <= item.ref_begin &&
+                      item.ref_begin <= item.ref_end &&
+                      item.ref_end <= input.row_indptr[item.row + 1];
+    // All partial results of the tile, for the item that merges them.
+    const bool partials =
+        item.num_splits == 1
+            ? item.partial == -1
+            : 0 <= item.split && item.split < item.num_splits && item.split <= item.partial &&
+                  int64_t{item.partial} - item.split + item.num_splits <= header.num_partials &&
+                  query_rows <= header.partial_rows;
+    if (!queries || !refs || !partials) return false;
+  }
+  return true;
+}
+
 // worker[i] of every item: longest first to the least loaded, ties to the lower number.
 std::vector<int32_t> assign(const std::vector<int64_t>& costs, int64_t num_workers) {
   std::vector<int32_t> order(costs.size());
@@ -148,6 +181,10 @@ std::string plan_mismatch(const PlanInput& input, const int32_t* plan, int64_t l
   if (header.page_size != input.page_size) return "it was made for another page_size";
   if (header.fingerprint != fingerprint(input)) {
     return "it was made for another row_indptr or cu_seqlens_q";
+  }
+  if (header.num_partials < 0 || header.partial_rows < 0 ||
+      !items_in_range(input, PlanView(plan))) {
+    return "an item is out of range";
   }
   return "";
 }

@@ -149,7 +149,7 @@ void Arguments::floating(
   matches(name,
           tensor,
           tensor.scalar_type() == scalar_type(like),
-          std::string(name_of(scalar_type(like))) + " like " + like_name + " and",
+          std::string(name_of(scalar_type(like))) + " (like " + like_name + ")",
           dims);
 }
 

@@ -19,7 +19,9 @@ void run(const SegPagedAttentionParams& params,
          const WorkItem& item,
          float* scratch) {
   Attention<T> attention(params, queries, scratch);
-  for_each_key_tile<T>(params, queries, item, [&](KeyTile& tile) { attention.consume(tile); });
+  for_each_key_tile<T>(params, queries, item, [&](KeyTile& tile, const KeyTile* next) {
+    attention.consume(tile, next);
+  });
   if (item.num_splits == 1) {
     attention.write_out();
   } else {

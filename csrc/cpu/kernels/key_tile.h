@@ -3,6 +3,8 @@
 // Keys are taken where they lie: a tile is a list of pointers to at most kTileKeys valid slots that
 // some query of the item may see, all with the same rotation offset. Slots past num_valid are never
 // touched, so whatever a free page holds cannot leak.
+#include <utility>
+
 #include "../dispatch.h"
 #include "vec.h"
 
@@ -22,17 +24,21 @@ struct KeyTile {
   int32_t last_position() const { return positions[count - 1]; }
 };
 
-// Calls visit(tile) for the keys of [ref_begin, ref_end) that the queries may see, in order.
+// Calls visit(tile, next) for the keys of [ref_begin, ref_end) that the queries may see, in order;
+// next is the tile after it, to be fetched ahead, or null.
 template <typename T, typename Queries, typename Visit>
 inline void for_each_key_tile(const SegPagedAttentionParams& params,
                               const Queries& queries,
                               const WorkItem& item,
                               Visit&& visit) {
   const PagePool& pool = params.pool;
-  KeyTile tile;
+  KeyTile buffers[2];
+  KeyTile* tile = &buffers[0];
+  KeyTile* previous = &buffers[1];
   const auto flush = [&] {
-    if (tile.count > 0) visit(tile);
-    tile.count = 0;
+    if (previous->count > 0) visit(*previous, tile->count > 0 ? tile : nullptr);
+    std::swap(tile, previous);
+    tile->count = 0;
   };
   for (int64_t r = item.ref_begin; r < item.ref_end; ++r) {
     const PageRef& ref = params.page_refs[r];
@@ -40,18 +46,26 @@ inline void for_each_key_tile(const SegPagedAttentionParams& params,
     const SlotRange slots = visible_slots(
         ref, queries.first_position(), queries.last_position(), queries.window(), queries.sink());
     if (slots.begin == slots.end) continue;
-    if (ref.rotation_offset != tile.offset) flush();
-    tile.offset = ref.rotation_offset;
+    if (tile->count > 0 && ref.rotation_offset != tile->offset) flush();
     for (int32_t slot = slots.begin; slot < slots.end; ++slot) {
-      tile.k[tile.count] = reinterpret_cast<const char*>(static_cast<const T*>(pool.k) +
-                                                         pool.k_offset(ref.page, slot));
-      tile.v[tile.count] = reinterpret_cast<const char*>(static_cast<const T*>(pool.v) +
-                                                         pool.v_offset(ref.page, slot));
-      tile.positions[tile.count] = ref.first_position + slot;
-      if (++tile.count == kTileKeys) flush();
+      const int i = tile->count++;
+      tile->offset = ref.rotation_offset;
+      tile->k[i] = reinterpret_cast<const char*>(static_cast<const T*>(pool.k) +
+                                                 pool.k_offset(ref.page, slot));
+      tile->v[i] = reinterpret_cast<const char*>(static_cast<const T*>(pool.v) +
+                                                 pool.v_offset(ref.page, slot));
+      tile->positions[i] = ref.first_position + slot;
+      if (tile->count == kTileKeys) flush();
     }
   }
+  flush();  // what is left becomes the previous tile
   flush();
+}
+
+// Asks for memory ahead of its use, into L2: L1 is full of the tile at hand.
+template <int Bytes>
+static inline void fetch_ahead(const char* p) {
+  for (int b = 0; b < Bytes; b += 64) __builtin_prefetch(p + b, 0, 2);
 }
 
 // Rows of T as rows of fp32, for machines that cannot multiply T.

@@ -58,7 +58,7 @@ class PanelAttention {
     }
   }
 
-  void consume(KeyTile& tile) {
+  void consume(KeyTile& tile, const KeyTile*) {
     if (!ready_ || tile.offset != offset_) pack_queries(tile.offset);
     if constexpr (kWiden) widen_rows<T>(tile.k, tile.count, head_dim_, wide_k_);
     const int64_t value_depth = prepare_values(tile);

@@ -3,6 +3,7 @@
 // Few query rows (decode), bound by reading pages. Dimensions lie on the lanes: every key and value
 // is read once from its page, in order, for all query rows of the group.
 #include <type_traits>
+#include <utility>
 
 #include "key_tile.h"
 #include "mac.h"
@@ -10,26 +11,32 @@
 
 namespace redknot::cpu::REDKNOT_ISA {
 
+// One step of transpose_add: vectors a, b hold segments of 2 * Half lanes; the result holds, for
+// each segment of a and then of b, the sum of its halves.
+template <int Half, int... Lane>
+static inline Vec add_halves(Vec a, Vec b, std::integer_sequence<int, Lane...>) {
+  constexpr auto source = [](int lane) {
+    const int segment = lane / (2 * Half) * 2 * Half;
+    const int within = lane % (2 * Half);
+    return within < Half ? segment + within : kLanes + segment + within - Half;
+  };
+  return __builtin_shuffle(a, b, VecI{source(Lane)...}) +
+         __builtin_shuffle(a, b, VecI{source(Lane) + Half...});
+}
+
 // Lane j of the result is the sum of the lanes of sums[j].
-static inline Vec transpose_add(Vec (&sums)[kLanes]) {
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    VecI even, odd;  // of every segment pair: the first halves, the second halves
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int segment = lane / (2 * half);
-      const int within = lane % (2 * half);
-      const int source =
-          within < half ? segment * 2 * half + within : kLanes + segment * 2 * half + within - half;
-      even[lane] = source;
-      odd[lane] = source + half;
+template <int Half = kLanes / 2>
+static inline Vec transpose_add(Vec* sums) {
+  if constexpr (Half == 0) {
+    return sums[0];
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < Half; ++i) {
+      sums[i] =
+          add_halves<Half>(sums[i], sums[i + Half], std::make_integer_sequence<int, kLanes>());
     }
-    for (int i = 0; i < half; ++i) {
-      const Vec a = sums[i];
-      const Vec b = sums[i + half];
-      sums[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
-    }
+    return transpose_add<Half / 2>(sums);
   }
-  return sums[0];
 }
 
 template <typename T>
@@ -70,7 +77,7 @@ class RowAttention {
     }
   }
 
-  void consume(KeyTile& tile) {
+  void consume(KeyTile& tile, const KeyTile* next) {
     if (!ready_ || tile.offset != offset_) pack_queries(tile.offset);
     const TileClass kind = classify_tile(tile.first_position(),
                                          tile.last_position(),
@@ -81,8 +88,11 @@ class RowAttention {
     if (kind == TileClass::kSkip) return;
     if constexpr (kWiden) widen_rows<T>(tile.k, tile.count, head_dim_, wide_k_);
     const int padded_count = (tile.count + kLanes - 1) / kLanes * kLanes;
-    for (int i = tile.count; i < padded_count; ++i) tile.k[i] = tile.k[0];
-    for (int i = 0; i < padded_count; i += kLanes) score_keys(tile.k + i, i);
+    for (int i = tile.count; i < padded_count; ++i) {
+      tile.k[i] = tile.k[0];
+      tile.v[i] = tile.v[0];
+    }
+    for (int i = 0; i < padded_count; i += kLanes) score_keys(tile, i);
     for (int64_t m = 0; m < rows_; ++m) {
       float* scores = scores_ + m * kTileKeys;
       for (int i = tile.count; i < padded_count; ++i) scores[i] = -kInf;
@@ -90,7 +100,8 @@ class RowAttention {
       softmax(m, padded_count, scores);
     }
     for (int64_t m = 0; m < rows_; m += kValueRows) {
-      add_values(m, std::min<int64_t>(kValueRows, rows_ - m), tile);
+      const bool fetch = m == 0 && next != nullptr && next->count >= tile.count;
+      add_values(m, std::min<int64_t>(kValueRows, rows_ - m), tile, fetch ? next->k : tile.k);
     }
   }
 
@@ -127,24 +138,42 @@ class RowAttention {
     }
   }
 
-  // Scores of kLanes keys for every query row.
-  void score_keys(const char* const* keys, int first) {
-    const int64_t full = depth_ / kLanes * kLanes;
+  // sums[i] += keys[i] * q over `Vecs` vectors of words at `d`.
+  template <int Vecs>
+  static void score_step(const char* const* keys, const float* q, int64_t d, Vec* sums) {
+    Vec query[Vecs];
+    for (int c = 0; c < Vecs; ++c) query[c] = load(q + d + c * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      const float* key = reinterpret_cast<const float*>(keys[i]) + d;
+#pragma GCC unroll 4
+      for (int c = 0; c < Vecs; ++c) sums[i] = Mac::mac(load(key + c * kLanes), query[c], sums[i]);
+    }
+  }
+
+  // Asks for the values of kLanes keys, a share with every query row, so that fetching and
+  // computing overlap.
+  void fetch_values(const char* const* values, int64_t m) const {
+    const int64_t lines = (head_dim_ * sizeof(T) + 63) / 64;
+    for (int64_t line = lines * m / rows_; line < lines * (m + 1) / rows_; ++line) {
+      for (int i = 0; i < kLanes; ++i) fetch_ahead<64>(values[i] + 64 * line);
+    }
+  }
+
+  // Scores of kLanes keys of a tile, from `first`, for every query row.
+  void score_keys(const KeyTile& tile, int first) {
+    const char* const* keys = tile.k + first;
     for (int64_t m = 0; m < rows_; ++m) {
+      fetch_values(tile.v + first, m);
       const float* q = q_ + m * padded_;
       Vec sums[kLanes] = {};
-      for (int64_t d = 0; d < full; d += kLanes) {
+      int64_t d = 0;
+      for (; d + 4 * kLanes <= depth_; d += 4 * kLanes) score_step<4>(keys, q, d, sums);
+      for (; d + kLanes <= depth_; d += kLanes) score_step<1>(keys, q, d, sums);
+      if (d < depth_) {
         const Vec query = load(q + d);
-#pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
-          sums[i] = Mac::mac(load(reinterpret_cast<const float*>(keys[i]) + d), query, sums[i]);
-        }
-      }
-      if (full < depth_) {
-        const Vec query = load(q + full);
-        for (int i = 0; i < kLanes; ++i) {
-          const Vec key =
-              load_partial(reinterpret_cast<const float*>(keys[i]) + full, depth_ - full);
+          const Vec key = load_partial(reinterpret_cast<const float*>(keys[i]) + d, depth_ - d);
           sums[i] = Mac::mac(key, query, sums[i]);
         }
       }
@@ -182,22 +211,22 @@ class RowAttention {
   }
 
   // out[m .. m + rows) += weights * values.
-  void add_values(int64_t m, int64_t rows, const KeyTile& tile) {
+  void add_values(int64_t m, int64_t rows, const KeyTile& tile, const char* const* ahead) {
     int64_t d = 0;
     for (; d + kValueVecs * kLanes <= head_dim_; d += kValueVecs * kLanes) {
       if (rows == kValueRows) {
-        add_value_block<kValueRows, kValueVecs>(m, d, tile);
+        add_value_block<kValueRows, kValueVecs>(m, d, tile, ahead);
       } else {
-        for (int64_t i = 0; i < rows; ++i) add_value_block<1, kValueVecs>(m + i, d, tile);
+        for (int64_t i = 0; i < rows; ++i) add_value_block<1, kValueVecs>(m + i, d, tile, ahead);
       }
     }
     for (; d < head_dim_; d += kLanes) {
-      for (int64_t i = 0; i < rows; ++i) add_value_block<1, 1>(m + i, d, tile);
+      for (int64_t i = 0; i < rows; ++i) add_value_block<1, 1>(m + i, d, tile, ahead);
     }
   }
 
   template <int Rows, int Vecs>
-  void add_value_block(int64_t m, int64_t d, const KeyTile& tile) {
+  void add_value_block(int64_t m, int64_t d, const KeyTile& tile, const char* const* ahead) {
     Vec sums[Rows][Vecs];
     for (int r = 0; r < Rows; ++r) {
       for (int c = 0; c < Vecs; ++c) sums[r][c] = load(out_ + (m + r) * padded_ + d + c * kLanes);
@@ -206,6 +235,7 @@ class RowAttention {
     const int64_t left = head_dim_ - d;
     for (int i = 0; i < tile.count; ++i) {
       const T* value = reinterpret_cast<const T*>(tile.v[i]) + d;
+      fetch_ahead<Vecs * kLanes * sizeof(T)>(ahead[i] + d * sizeof(T));
       Vec v[Vecs];
       for (int c = 0; c < Vecs; ++c) {
         v[c] = Vecs == 1 && left < kLanes ? load_partial(value, left) : load(value + c * kLanes);

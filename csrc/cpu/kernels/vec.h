@@ -86,6 +86,7 @@ static inline void from_float(float x, Float16* out) {
 #endif
 }
 
+// max(a, b) is b where either is NaN, on every instruction set.
 #if defined(REDKNOT_ISA_AVX512)
 static inline Vec load(const BFloat16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -171,12 +172,13 @@ static inline float reduce_max(Vec x) {
 // --- exp2 ---------------------------------------------------------------------------------------
 
 // 2^x for x <= 0, relative error below 1.1e-7, exactly 1 at 0, 0 below the normal range and at
-// -infinity. Least-maximum polynomial of degree 6 for the fraction in [-1/2, 1/2].
+// -infinity, NaN at NaN. Least-maximum polynomial of degree 6 for the fraction in [-1/2, 1/2].
 static inline Vec exp2_nonpositive(Vec x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
-  const Vec clamped = max(x, broadcast(-127.0f));
+  const Vec clamped = max(broadcast(-127.0f), x);
   const Vec shifted = clamped + kRound;
-  const Vec f = clamped - (shifted - kRound);
+  const Vec integer = shifted - kRound;
+  const Vec f = clamped - integer;
   Vec p = broadcast(0x1.41d308p-13f);
   p = fma(p, f, broadcast(0x1.5f4562p-10f));
   p = fma(p, f, broadcast(0x1.3b2dbcp-7f));
@@ -184,7 +186,11 @@ static inline Vec exp2_nonpositive(Vec x) {
   p = fma(p, f, broadcast(0x1.ebfbdap-3f));
   p = fma(p, f, broadcast(0x1.62e430p-1f));
   p = fma(p, f, broadcast(1.0f));
-  const Vec scaled = (Vec)((VecI)p + ((VecI)shifted << 23));
+#if defined(REDKNOT_ISA_AVX512)
+  const Vec scaled = (Vec)_mm512_scalef_ps((__m512)p, (__m512)integer);
+#else
+  const Vec scaled = x == x ? (Vec)((VecI)p + ((VecI)shifted << 23)) : x;
+#endif
   return x < -126.0f ? Vec{} : scaled;
 }
 

@@ -1,0 +1,358 @@
+"""seg_paged_attention against a dense oracle: shapes, reach, hostile memory, exact repetition."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from paged_case import DTYPES, assert_close, isas, paged_rows, raises, use_isa, use_threads
+from reference.attention import Rows, attention, rotate
+
+from redknot import ops
+
+
+def check(rows: Rows, **options: object) -> None:
+    out, lse = ops.seg_paged_attention(*rows.args(), return_lse=True, **options)
+    exact, exact_lse = attention(rows, torch.float64, **options)
+    peer, peer_lse = attention(rows, rows.q.dtype, **options)
+    assert out.dtype == rows.q.dtype and lse.dtype == torch.float32
+    assert_close(out, exact, peer)
+    assert_close(lse, exact_lse, peer_lse, floor=2e-5)
+
+
+def ragged(dtype: torch.dtype, group: int, head_dim: int, page_size: int = 16) -> Rows:
+    """Two sequences of two KV heads: a global and a local row each, prefill beside decode."""
+    return paged_rows(
+        [[(0, 75, 0)], [(0, 4, 0), (32, 43, 0)], [(0, 200, 0)], [(0, 8, 0), (150, 50, 0)]],
+        [range(38, 75), [199]],
+        group=group,
+        head_dim=head_dim,
+        page_size=page_size,
+        window=[-1, 20, -1, 33],
+        sink=[0, 4, 0, 8],
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("group", "head_dim"), [(1, 64), (4, 128), (8, 32), (4, 40), (2, 256), (3, 8), (71, 16)]
+)
+def test_ragged_rows(dtype: torch.dtype, group: int, head_dim: int) -> None:
+    check(ragged(dtype, group, head_dim))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", isas())
+def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
+    with use_isa(isa):
+        check(ragged(dtype, 4, 40))
+        check(ragged(dtype, 8, 64))
+
+
+# Keys of one row, query positions, window, sink.
+REACH = {
+    "one_token": ([(0, 1, 0)], [0], -1, 0),
+    "page_border_before": ([(0, 15, 0)], range(15), -1, 0),
+    "page_border_on": ([(0, 16, 0)], range(16), -1, 0),
+    "page_border_behind": ([(0, 17, 0)], range(17), -1, 0),
+    "window_of_one": ([(0, 50, 0)], range(50), 1, 0),
+    "window_and_page_apart": ([(0, 100, 0)], range(100), 23, 0),
+    "window_longer_than_text": ([(0, 40, 0)], range(40), 100, 4),
+    "sink_overlaps_window": ([(0, 60, 0)], range(60), 40, 30),
+    "sink_inside_page": ([(0, 90, 0)], range(90), 8, 5),
+    "sink_longer_than_text": ([(0, 20, 0)], range(20), 3, 64),
+    "sink_alone": ([(0, 70, 0)], range(70), 0, 4),
+    "gap_behind_sink": ([(0, 5, 0), (64, 40, 0)], range(80, 104), 30, 5),
+    "queries_in_the_middle": ([(0, 90, 0)], range(30, 50), 16, 2),
+    "queries_with_gaps": ([(0, 90, 0)], [0, 1, 17, 40, 41, 89], -1, 0),
+    "queries_before_all_keys": ([(50, 20, 0)], range(40, 60), -1, 0),
+    "keys_behind_window": ([(0, 20, 0)], range(60, 70), 10, 0),
+    "far_positions": ([(2_000_000_000, 40, 0)], range(2_000_000_020, 2_000_000_040), 9, 0),
+}
+
+
+@pytest.mark.parametrize("case", REACH)
+@pytest.mark.parametrize("group", [1, 4])
+def test_reach(case: str, group: int) -> None:
+    keys, queries, window, sink = REACH[case]
+    check(paged_rows([keys], [queries], group=group, window=window, sink=sink))
+
+
+def test_many_tiles_of_queries_and_keys() -> None:
+    rows = paged_rows(
+        [[(0, 700, 0)], [(0, 700, 0)]],
+        [range(300, 700)],
+        group=5,
+        head_dim=24,
+        page_size=48,
+        window=[-1, 130],
+        sink=[0, 70],
+        dtype=torch.bfloat16,
+    )
+    check(rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_over_splits(dtype: torch.dtype) -> None:
+    rows = paged_rows(
+        [[(0, 2500, 0)], [(0, 64, 0), (1900, 600, 0)], [(0, 1030, 0)], [(0, 1024, 0)]],
+        [[2499], [1030]],
+        group=4,
+        head_dim=64,
+        page_size=32,
+        window=[-1, 500, -1, 700],
+        sink=[0, 64, 0, 0],
+        dtype=dtype,
+    )
+    check(rows)
+
+
+def test_empty_rows_and_sequences() -> None:
+    rows = paged_rows(
+        [[], [(0, 9, 0)], [(0, 3, 0)], [], [(0, 5, 0)], [(0, 5, 0)]], [range(9), [], [4]], group=2
+    )
+    check(rows)
+    out, lse = ops.seg_paged_attention(*rows.args(), return_lse=True)
+    assert (out[:9, :2] == 0).all() and (lse[:2, :9] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("queries", [[[]], []])
+def test_no_queries(queries: list[list[int]]) -> None:
+    rows = paged_rows([[(0, 9, 0)] * len(queries)] * len(queries), queries)
+    out, lse = ops.seg_paged_attention(*rows.args(), return_lse=True)
+    assert out.shape == rows.q.shape and lse.shape == (rows.q.shape[1], 0)
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.3, 0.0])
+def test_softmax_scale(scale: float) -> None:
+    check(ragged(torch.float32, 4, 32), softmax_scale=scale)
+
+
+def test_large_scores() -> None:
+    rows = ragged(torch.float32, 4, 32)
+    check(replace(rows, q=rows.q * 1000))
+
+
+@pytest.mark.parametrize("group", [1, 16])
+def test_visible_nan_and_infinity_come_out(group: int) -> None:
+    rows = paged_rows([[(0, 40, 0)]], [range(40)], group=group)
+    page = rows.page_refs[1, 0]
+    for value in (torch.nan, torch.inf):
+        rows.k_cache[page, 4] = value  # position 20
+        out, _ = ops.seg_paged_attention(*rows.args())
+        assert out[:20].isfinite().all() and not out[20:].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary_dim", [32, 20, 2])
+def test_rotation_offsets(dtype: torch.dtype, rotary_dim: int) -> None:
+    inv_freq = 1e4 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)
+    rows = paged_rows(
+        [[(0, 10, 0), (10, 40, 10), (50, 33, -7), (83, 20, 10)], [(0, 103, 0)]],
+        [[3, *range(80, 103)]],
+        group=4,
+        dtype=dtype,
+        window=[-1, 30],
+        sink=[0, 2],
+    )
+    check(rows, inv_freq=inv_freq)
+    decode = replace(
+        rows,
+        q=rows.q[-1:],
+        q_positions=rows.q_positions[-1:],
+        cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32),
+    )
+    check(decode, inv_freq=inv_freq)
+
+
+def test_rotation_offset_equals_moved_keys() -> None:
+    inv_freq = 1e4 ** (-torch.arange(0, 32, 2) / 32)
+    rows = paged_rows([[(0, 10, 0), (10, 60, 3000)]], [range(40, 70)], group=2)
+    out, _ = ops.seg_paged_attention(*rows.args(), inv_freq=inv_freq)
+    moved = rows.k_cache.double()
+    for page, _, _, offset in rows.page_refs.tolist():
+        moved[page] = rotate(moved[page], offset, inv_freq)
+    still = rows.page_refs.clone()
+    still[:, 3] = 0
+    want, _ = ops.seg_paged_attention(*replace(rows, k_cache=moved.float(), page_refs=still).args())
+    torch.testing.assert_close(out, want, rtol=0, atol=5e-6)
+
+
+def test_page_numbers_do_not_matter() -> None:
+    rows = ragged(torch.bfloat16, 4, 64)
+    out, lse = ops.seg_paged_attention(*rows.args(), return_lse=True)
+    order = torch.randperm(len(rows.k_cache))
+    refs = rows.page_refs.clone()
+    refs[:, 0] = torch.argsort(order)[refs[:, 0].long()]
+    moved = replace(rows, k_cache=rows.k_cache[order], v_cache=rows.v_cache[order], page_refs=refs)
+    again = ops.seg_paged_attention(*moved.args(), return_lse=True)
+    assert torch.equal(again[0], out) and torch.equal(again[1], lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_plans_and_runs_agree_bitwise(dtype: torch.dtype) -> None:
+    rows = paged_rows(
+        [[(0, 1500, 0)], [(0, 400, 0)], [(0, 300, 0)], [(0, 90, 0)]],
+        [[1499], range(100, 300)],
+        group=4,
+        head_dim=64,
+        dtype=dtype,
+        window=[-1, 60, 64, -1],
+    )
+    results = []
+    for threads in (1, 2, 2):
+        with use_threads(threads):
+            results.append(ops.seg_paged_attention(*rows.args(), return_lse=True))
+    for workers in (1, 3, 64):
+        results.append(
+            ops.seg_paged_attention(*rows.args(), plan=plan_of(rows, workers), return_lse=True)
+        )
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+def plan_of(rows: Rows, workers: int | None = None) -> torch.Tensor:
+    return ops.seg_paged_plan(
+        rows.row_indptr, rows.cu_seqlens_q, rows.q_positions, rows.row_window, rows.row_sink,
+        rows.q.shape[1], rows.k_cache.shape[1], workers,
+    )  # fmt: skip
+
+
+def test_plan_outlives_appended_tokens() -> None:
+    rows = paged_rows([[(0, 50, 0)], [(0, 50, 0)]], [[44]], group=2)
+    plan = plan_of(rows)
+    for position in range(45, 50):
+        step = replace(rows, q_positions=torch.tensor([position], dtype=torch.int32))
+        want, _ = ops.seg_paged_attention(*step.args())
+        got, _ = ops.seg_paged_attention(*step.args(), plan=plan)
+        assert torch.equal(got, want)
+
+
+def test_strided_views() -> None:
+    rows = ragged(torch.bfloat16, 4, 64)
+    want, want_lse = ops.seg_paged_attention(*rows.args(), return_lse=True)
+    tokens, heads, dim = rows.q.shape
+    qkv = torch.full((tokens, heads + 4, dim), torch.nan, dtype=rows.q.dtype)
+    qkv[:, :heads] = rows.q
+    pages, page_size, _ = rows.k_cache.shape
+    kv = torch.full((pages, page_size, 2 * dim), torch.nan, dtype=rows.q.dtype)
+    kv[..., :dim], kv[..., dim:] = rows.k_cache, rows.v_cache
+    views = replace(rows, q=qkv[:, :heads], k_cache=kv[..., :dim], v_cache=kv[..., dim:])
+    got, got_lse = ops.seg_paged_attention(*views.args(), return_lse=True)
+    assert torch.equal(got, want) and torch.equal(got_lse, want_lse)
+    both = torch.stack([rows.k_cache, rows.v_cache], 1)
+    got, _ = ops.seg_paged_attention(*replace(rows, k_cache=both[:, 0], v_cache=both[:, 1]).args())
+    assert torch.equal(got, want)
+
+
+def test_out_and_lse_are_written_in_place() -> None:
+    rows = ragged(torch.float32, 4, 64)
+    want, want_lse = ops.seg_paged_attention(*rows.args(), return_lse=True)
+    wide = torch.zeros(len(rows.q), 2 * rows.q.shape[1], 64)
+    out, lse = wide[:, ::2], torch.empty_like(want_lse)
+    got = ops.seg_paged_attention(*rows.args(), out=out, lse=lse)
+    assert got[0] is out and got[1] is lse
+    assert torch.equal(out, want) and torch.equal(lse, want_lse) and (wide[:, 1::2] == 0).all()
+    _, empty = ops.seg_paged_attention(*rows.args(), out=out)
+    assert empty.shape == (0,)
+    with pytest.raises(ValueError, match="lse is given without out"):
+        ops.seg_paged_attention(*rows.args(), lse=lse)
+
+
+# Argument, what it is replaced by, message.
+ERRORS = {
+    "q_dtype": ({"q": lambda t: t.half()}, "q must be float32 (like k_cache) [num_tokens, "
+                "num_q_heads, head_dim = 32], got float16 [38, 8, 32]"),
+    "q_stride": ({"q": lambda t: t.mT.contiguous().mT}, "q must have a contiguous last dimension"),
+    "k_cache_dtype": ({"k_cache": lambda t: t.long()}, "k_cache must be float32, bfloat16 or "
+                      "float16 [num_pages, page_size, head_dim], got int64"),
+    "head_dim": ({"k_cache": lambda t: t[..., :20], "v_cache": lambda t: t[..., :20]},
+                 "head_dim must be a positive multiple of 8, got k_cache float32"),
+    "v_cache": ({"v_cache": lambda t: t[1:]}, "v_cache must be float32 (like k_cache) "
+                "[num_pages = 30, page_size = 16, head_dim = 32], got float32 [29, 16, 32]"),
+    "page_refs": ({"page_refs": lambda t: t.long()},
+                  "page_refs must be int32 [num_refs, 4], got int64 [27, 4]"),
+    "page_refs_view": ({"page_refs": lambda t: torch.cat([t, t], 1)[:, :4]},
+                       "page_refs must be contiguous"),
+    "row_indptr": ({"row_indptr": lambda t: t[1:]},
+                   "row_indptr must be int32 [num_rows + 1 = 5], got int32 [4]"),
+    "row_indptr_start": ({"row_indptr": lambda t: t + 1}, "row_indptr must start with 0"),
+    "row_indptr_order": ({"row_indptr": lambda t: t[[0, 2, 1, 3, 4]]},
+                         "row_indptr must not decrease, got 9 before 5 at 2"),
+    "row_indptr_end": ({"page_refs": lambda t: t[:-1]},
+                       "row_indptr must end with num_refs = 26, got 27"),
+    "cu_seqlens_end": ({"cu_seqlens_q": lambda t: t - (t == 38).int()},
+                       "cu_seqlens_q must end with num_tokens = 38, got 37"),
+    "q_positions": ({"q_positions": lambda t: t[1:]},
+                    "q_positions must be int32 [num_tokens = 38], got int32 [37]"),
+    "q_order": ({"q_positions": lambda t: t.flip(0)},
+                "q_positions must ascend from 0 within a sequence, got 74 at token 1"),
+    "row_sink": ({"row_sink": lambda t: t - 1}, "row_sink must not be negative, got -1 at row 0"),
+    "rows": ({"cu_seqlens_q": lambda t: torch.tensor([0, 1, 2, 38], dtype=torch.int32)},
+             "row_window must hold num_kv_heads rows per sequence, got 4 rows for 3 sequences"),
+    "heads": ({"q": lambda t: t[:, :3]},
+              "num_q_heads must be a positive multiple of num_kv_heads = 2, got 3"),
+    "page": ({"page_refs": lambda t: t + torch.tensor([[100, 0, 0, 0]], dtype=torch.int32)},
+             "page_refs[0] must name a page below num_pages = 30, got 114"),
+    "valid": ({"page_refs": lambda t: t + torch.tensor([[0, 0, 1, 0]], dtype=torch.int32)},
+              "page_refs[0] must have 0 to page_size = 16 valid slots, got 17"),
+    "overlap": ({"page_refs": lambda t: t * torch.tensor([[1, 0, 1, 1]], dtype=torch.int32)},
+                "page_refs of a row must be ordered by position without overlap, got position 0 "
+                "at 1 in row 0"),
+    "inv_freq": ({"page_refs": lambda t: t + torch.tensor([[0, 0, 0, 5]], dtype=torch.int32)},
+                 "inv_freq is needed since page_refs[0] has rotation offset 5"),
+}  # fmt: skip
+OPTION_ERRORS = {
+    "inv_freq_dtype": ({"inv_freq": torch.ones(4).double()},
+                       "inv_freq must be float32 [rotary_dim / 2], got float64 [4]"),
+    "inv_freq_size": ({"inv_freq": torch.ones(17)},
+                      "inv_freq must have at most head_dim / 2 = 16 elements"),
+    "interleaved": ({"rope_interleaved": True}, "rope_interleaved=True is not supported yet"),
+    "softcap": ({"softcap": 30.0}, "softcap is not supported yet, got 30"),
+    "scale": ({"softmax_scale": float("nan")}, "softmax_scale must be finite, got nan"),
+    "plan": ({"plan": torch.zeros(9, dtype=torch.int32)},
+             "plan does not fit this call: it is no work list of seg_paged_plan"),
+    "out": ({"out": torch.empty(38, 8, 16)}, "out must be float32 (like k_cache) [num_tokens = "
+            "38, num_q_heads = 8, head_dim = 32], got float32 [38, 8, 16]"),
+    "out_view": ({"out": torch.empty(1, 8, 32).expand(38, 8, 32)},
+                 "out is written to, so it must not be an expanded view: stride 0 is 0"),
+    "lse": ({"out": torch.empty(38, 8, 32), "lse": torch.empty(38, 8)},
+            "lse must be float32 [num_q_heads = 8, num_tokens = 38], got float32 [38, 8]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_argument_errors(case: str) -> None:
+    changes, message = ERRORS[case]
+    rows = ragged(torch.float32, 4, 32)
+    bad = replace(rows, **{name: change(getattr(rows, name)) for name, change in changes.items()})
+    with raises("seg_paged_attention: " + message):
+        ops.seg_paged_attention(*bad.args())
+
+
+@pytest.mark.parametrize("case", OPTION_ERRORS)
+def test_option_errors(case: str) -> None:
+    options, message = OPTION_ERRORS[case]
+    with raises("seg_paged_attention: " + message):
+        ops.seg_paged_attention(*ragged(torch.float32, 4, 32).args(), **options)
+
+
+def test_plan_of_another_call_is_refused() -> None:
+    rows = ragged(torch.float32, 4, 32)
+    plan = plan_of(rows)
+    other_rows = plan_of(paged_rows([[(0, 9, 0)]] * 4, [range(37), [9]], group=4))
+    tampered = plan.clone()
+    tampered[-4] += 1000  # the last item's ref_end
+    for bad, message in {
+        "it was made for another row_indptr or cu_seqlens_q": other_rows,
+        "it was made for another num_q_heads": plan_of(ragged(torch.float32, 2, 32)),
+        "it was made for another page_size": plan_of(ragged(torch.float32, 4, 32, page_size=8)),
+        "its length does not fit its header": plan[:-8],
+        "an item is out of range": tampered,
+    }.items():
+        with raises("seg_paged_attention: plan does not fit this call: " + bad):
+            ops.seg_paged_attention(*rows.args(), plan=message)
+    with raises("seg_paged_plan: num_workers must be positive, got 0"):
+        plan_of(rows, 0)
