@@ -1,0 +1,121 @@
+"""gathered_ffn: the listed tokens get the FFN of a Llama layer, all others keep their bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from paged_case import DTYPES, assert_close, isas, raises, use_isa
+from reference.selection import gated_ffn
+from torch import Tensor
+
+from redknot import ops
+
+EPS = 1e-5
+
+
+class Ffn:
+    """Weights and residual stream of one layer."""
+
+    def __init__(self, tokens: int, hidden: int, ffn: int, dtype: torch.dtype) -> None:
+        rng = torch.Generator().manual_seed(0)
+
+        def randn(*shape: int) -> Tensor:
+            return (torch.randn(*shape, generator=rng) * shape[-1] ** -0.5).to(dtype)
+
+        self.residual = torch.randn(tokens, hidden, generator=rng).to(dtype)
+        self.norm = (1 + torch.randn(hidden, generator=rng) / 8).to(dtype)
+        self.gate, self.up, self.down = randn(ffn, hidden), randn(ffn, hidden), randn(hidden, ffn)
+
+    def exact(self, dtype: torch.dtype) -> Tensor:
+        x, *weights = (
+            t.to(dtype) for t in (self.residual, self.norm, self.gate, self.up, self.down)
+        )
+        return x + gated_ffn(x, weights[0], EPS, *weights[1:])
+
+    def run(self, rows: list[int], packed: bool = True) -> Tensor:
+        out = self.residual.clone()
+        indices = torch.full((len(out),), -1, dtype=torch.int32)
+        indices[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+        count = torch.tensor([len(rows)], dtype=torch.int32)
+        gate = torch.cat([self.gate, self.up]) if packed else self.gate
+        up = None if packed else self.up
+        ops.gathered_ffn(out, self.norm, EPS, gate, self.down, indices, count, w_up=up)
+        return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("packed", [True, False])
+def test_selected_tokens(isa: str, dtype: torch.dtype, packed: bool) -> None:
+    ffn = Ffn(40, 72, 100, dtype)
+    rows = [0, 3, 4, 17, 38]
+    with use_isa(isa):
+        out = ffn.run(rows, packed)
+    assert_close(out[rows], ffn.exact(torch.float64)[rows], ffn.exact(dtype)[rows])
+    others = [t for t in range(40) if t not in rows]
+    assert torch.equal(out[others], ffn.residual[others])
+
+
+@pytest.mark.parametrize("rows", [[], [7], list(range(40))])
+def test_none_one_and_all(rows: list[int]) -> None:
+    ffn = Ffn(40, 64, 96, torch.float32)
+    want = ffn.residual.clone()
+    want[rows] = ffn.exact(torch.float64)[rows].float()
+    torch.testing.assert_close(ffn.run(rows), want)
+
+
+def test_more_rows_than_one_pass_takes() -> None:
+    ffn = Ffn(2500, 16, 24, torch.float32)
+    torch.testing.assert_close(ffn.run(list(range(2500))), ffn.exact(torch.float64).float())
+
+
+def test_large_activations_do_not_overflow() -> None:
+    ffn = Ffn(4, 32, 48, torch.float32)
+    ffn.gate *= 1000
+    assert ffn.run([0, 1, 2, 3]).isfinite().all()
+    torch.testing.assert_close(ffn.run([0, 1, 2, 3]), ffn.exact(torch.float64).float(), rtol=1e-4,
+                               atol=1e-3)  # fmt: skip
+
+
+def test_strided_residual() -> None:
+    ffn = Ffn(12, 32, 48, torch.float32)
+    want = ffn.run([2, 5])
+    wide = torch.zeros(12, 64)
+    wide[:, :32] = ffn.residual
+    view = wide[:, :32]
+    indices, count = torch.tensor([2, 5], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    ops.gathered_ffn(view, ffn.norm, EPS, torch.cat([ffn.gate, ffn.up]), ffn.down, indices, count)
+    assert torch.equal(view, want) and (wide[:, 32:] == 0).all()
+
+
+def test_errors() -> None:
+    f = Ffn(6, 16, 24, torch.float32)
+    packed = torch.cat([f.gate, f.up])
+    good = {"residual": f.residual, "norm_weight": f.norm, "eps": EPS, "w_gate_up": packed,
+            "w_down": f.down, "indices": torch.tensor([1, 2]).int(),
+            "count": torch.tensor([2]).int()}  # fmt: skip
+    for change, message in [
+        ({"activation": "gelu"}, 'activation must be "silu", got "gelu"'),
+        ({"residual": f.residual.long()}, "residual must be float32, bfloat16 or float16 "
+         "[num_tokens, hidden_dim], got int64 [6, 16]"),
+        ({"norm_weight": f.norm[1:]}, "norm_weight must be float32 (like residual) [hidden_dim = "
+         "16], got float32 [15]"),
+        ({"w_down": f.down.half()}, "w_down must be float32 (like residual) [hidden_dim = 16, "
+         "ffn_dim], got float16 [16, 24]"),
+        ({"w_gate_up": f.gate}, "w_gate_up must be float32 (like residual) [2 * ffn_dim = 48, "
+         "hidden_dim = 16], got float32 [24, 16]"),
+        ({"w_up": f.up}, "w_gate_up must be float32 (like residual) [ffn_dim = 24, hidden_dim = "
+         "16], got float32 [48, 16]"),
+        ({"w_gate_up": f.gate, "w_up": packed}, "w_up must be float32 (like residual) [ffn_dim = "
+         "24, hidden_dim = 16], got float32 [48, 16]"),
+        ({"indices": torch.tensor([1, 2])}, "indices must be int32 [max_rows], got int64 [2]"),
+        ({"count": torch.tensor(2).int()}, "count must be int32 [1], got int32 []"),
+        ({"count": torch.tensor([3]).int()}, "count must be within indices, got 3 of 2"),
+        ({"indices": torch.tensor([1, 6]).int()},
+         "indices must be below num_tokens = 6, got 6 at 1"),
+        ({"indices": torch.tensor([1, -1]).int()},
+         "indices must be below num_tokens = 6, got -1 at 1"),
+        ({"indices": torch.tensor([1, 1]).int()}, "indices must be unique, got 1 again at 1"),
+    ]:  # fmt: skip
+        with raises("gathered_ffn: " + message):
+            ops.gathered_ffn(**{**good, **change})
