@@ -56,6 +56,13 @@ def test_fingerprint_sees_weights_and_config_but_not_the_folder():
     assert model_fingerprint(config, {"v": torch.ones(300)}) != same
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_fingerprint_is_the_checkpoints_whatever_it_is_loaded_in(dtype):
+    stored = torch.randn(5000, generator=torch.Generator().manual_seed(0)).half()
+    same = model_fingerprint({"dtype": "float16"}, {"w": stored})
+    assert model_fingerprint({"dtype": str(dtype)}, {"w": stored.to(dtype)}) == same
+
+
 @pytest.fixture
 def pool():
     return KVPool(num_layers=2, num_kv_heads=2, head_dim=8, num_pages=40, page_size=16)

@@ -17,7 +17,24 @@ __all__ = ["LAYOUT_VERSION", "model_fingerprint", "segment_key"]
 LAYOUT_VERSION = 1
 
 # Values read per weight: enough to tell any two checkpoints apart, cheap on the largest.
-_SAMPLES_PER_WEIGHT = 64
+_SAMPLES_PER_WEIGHT = 1024
+
+# What of a configuration decides what is computed; a list of what to leave out would change with
+# every version of transformers.
+_COMPUTED_FROM = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "sliding_window",
+)
 
 
 def _digest(parts: Sequence[bytes]) -> str:
@@ -31,28 +48,25 @@ def _digest(parts: Sequence[bytes]) -> str:
 def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
     """Hash of a model: its configuration, and a sample of every weight.
 
+    The sample is rounded to bfloat16 first, so that a checkpoint has one fingerprint whatever dtype
+    it is loaded in.
+
     Parameters
     ----------
     config : mapping
-        The configuration as JSON-able values.
+        The configuration, as `config.to_dict()` gives it.
     weights : mapping of str to Tensor
         Names and weights, as `model.state_dict()` gives them.
     """
-    described = {k: v for k, v in config.items() if k not in _NOT_THE_MODEL}
+    described = {name: config.get(name) for name in _COMPUTED_FROM}
     parts = [json.dumps(described, sort_keys=True, default=str).encode()]
     for name in sorted(weights):
         weight = weights[name].detach().flatten()
         count = weight.numel()
         index = torch.linspace(0, max(count - 1, 0), min(count, _SAMPLES_PER_WEIGHT)).long()
-        sample = weight[index.to(weight.device)].float().cpu().numpy()
+        sample = weight[index.to(weight.device)].bfloat16().float().cpu().numpy()
         parts += [name.encode(), str(tuple(weights[name].shape)).encode(), sample.tobytes()]
     return _digest(parts)
-
-
-# Entries of a configuration that say where a model came from, not what it computes.
-_NOT_THE_MODEL = frozenset(
-    {"_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache"}
-)
 
 
 def segment_key(
