@@ -63,8 +63,8 @@ def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     for name in sorted(weights):
         weight = weights[name].detach().flatten()
         count = weight.numel()
-        index = torch.linspace(0, max(count - 1, 0), min(count, _SAMPLES_PER_WEIGHT)).long()
-        sample = weight[index.to(weight.device)].bfloat16().float().cpu().numpy()
+        index = np.linspace(0, max(count - 1, 0), min(count, _SAMPLES_PER_WEIGHT)).astype(np.int64)
+        sample = weight[torch.from_numpy(index).to(weight.device)].bfloat16().float().cpu().numpy()
         parts += [name.encode(), str(tuple(weights[name].shape)).encode(), sample.tobytes()]
     return _digest(parts)
 
