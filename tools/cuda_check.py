@@ -43,8 +43,7 @@ def find_nvcc() -> Path:
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc")
     if nvcc is None:
         raise SystemExit(
-            "cuda-check: no nvcc on PATH; install the CUDA toolkit (on Debian or Ubuntu: "
-            "apt-get install nvidia-cuda-toolkit) or set CUDACXX"
+            "cuda-check: no nvcc on PATH; install the CUDA toolkit, 12.0 or newer, or set CUDACXX"
         )
     return Path(nvcc)
 
