@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from redknot import ops
 from redknot.errors import ModelError
 from redknot.models.families import family_of
+from redknot.models.hf_compat import backbone_of
 from redknot.recovery import ModelShape
 
 __all__ = ["Decoder"]
@@ -40,19 +41,15 @@ class Decoder:
     """
 
     def __init__(self, model: Any) -> None:
-        config = model.config
-        self.family = family_of(config)
-        backbone = getattr(model, "model", None)
-        if backbone is None or getattr(model, "lm_head", None) is None:
-            raise ModelError(
-                f"{type(model).__name__} is no causal language model (no .model and .lm_head); "
-                "load it with AutoModelForCausalLM"
-            )
+        self.family = family_of(getattr(model, "config", None))
+        # Through wrappers such as LoRA's: the modules inside are those that the wrapper put there.
+        generator, backbone = backbone_of(model)
+        config: Any = backbone.config
         if model.training:
             raise ModelError("the model is in training mode; call model.eval() first")
-        self.model = model
-        self._backbone = backbone
-        self._layers = list(backbone.layers)
+        self.model: Any = generator
+        self._backbone: Any = backbone
+        self._layers = list(self._backbone.layers)
         head_dim = getattr(config, "head_dim", None)
         self.shape = ModelShape(
             num_layers=config.num_hidden_layers,
@@ -63,9 +60,14 @@ class Decoder:
             ffn_dim=config.intermediate_size,
             vocab_size=config.vocab_size,
         )
-        weight = backbone.embed_tokens.weight
+        weight = self._backbone.embed_tokens.weight
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
+        if self.device.type != "cpu":
+            raise ModelError(
+                f"the model is on {self.device}, but attention runs on the CPU only so far; "
+                "call model.to('cpu') first"
+            )
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ModelError(
                 f"the model's dtype must be float32, bfloat16 or float16, got {self.dtype}"
@@ -73,7 +75,7 @@ class Decoder:
         self.max_context: int = config.max_position_embeddings
         self.sliding_windows = self.family.sliding_windows(config)
 
-        rotary = backbone.rotary_emb
+        rotary = self._backbone.rotary_emb
         self.inv_freq: Tensor = rotary.inv_freq.detach().float().to(self.device)
         if 2 * len(self.inv_freq) != self.shape.head_dim:
             raise ModelError(
