@@ -19,11 +19,22 @@ NUM_LAYERS, NUM_HEADS = 2, 2
 HEADS = list(itertools.product(range(NUM_LAYERS), range(NUM_HEADS)))
 
 
+def per_head(values: st.SearchStrategy[int]) -> st.SearchStrategy[list[list[int]]]:
+    row = st.lists(values, min_size=NUM_HEADS, max_size=NUM_HEADS)
+    return st.lists(row, min_size=NUM_LAYERS, max_size=NUM_LAYERS)
+
+
+WINDOWS = per_head(st.sampled_from([-1, 1, 2, 3, 6, 11]))
+SINKS = per_head(st.integers(0, 6))
+
+
 class AllocatorWalk(RuleBasedStateMachine):
     """Every live session and segment reads back what the model holds, after every step."""
 
-    @initialize(num_pages=st.integers(40, 160), page_size=st.integers(1, 5))
-    def start(self, num_pages: int, page_size: int) -> None:
+    @initialize(
+        data=st.data(), num_pages=st.sampled_from([48, 120, 400]), page_size=st.integers(1, 5)
+    )
+    def start(self, data: st.DataObject, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
         # K and V of a page side by side: two regions with a stride of their own, and a gap.
         self.pages = np.full((num_pages, 3, page_size), np.nan)
@@ -41,6 +52,7 @@ class AllocatorWalk(RuleBasedStateMachine):
         self.sessions: dict[int, model.Session] = {}
         self.segments: dict[int, model.Segment] = {}
         self.new_content = itertools.count(1)
+        self.create_session(data.draw(WINDOWS), data.draw(SINKS))
 
     # --- pages ------------------------------------------------------------------------------------
     def write(self, slots: np.ndarray, contents: np.ndarray) -> None:
@@ -153,10 +165,12 @@ class AllocatorWalk(RuleBasedStateMachine):
         assert np.isnan(self.pages[free, :2]).all()
 
     # --- steps ------------------------------------------------------------------------------------
+    # Sessions and segments are always there, so that most steps do something to them.
     def pick(self, data: st.DataObject, what: dict[int, Any]) -> int:
         return data.draw(st.sampled_from(sorted(what)))
 
-    @rule(num_tokens=st.integers(1, 13), first_position=st.integers(0, 9))
+    @precondition(lambda self: len(self.segments) < 3)
+    @rule(num_tokens=st.integers(1, 13), first_position=st.sampled_from([0, 0, 2, 9]))
     def create_segment(self, num_tokens: int, first_position: int) -> None:
         with self.all_or_nothing(len(HEADS) * -(-num_tokens // self.page_size)):
             segment = self.allocator.create_segment(num_tokens, first_position)
@@ -168,37 +182,33 @@ class AllocatorWalk(RuleBasedStateMachine):
                 values = np.array([contents[layer, head] for head in range(NUM_HEADS)]).T
                 self.write(self.allocator.segment_slots(segment, layer), values)
 
-    @precondition(lambda self: self.segments)
+    @precondition(lambda self: len(self.segments) > 1)
     @rule(data=st.data())
     def release_segment(self, data: st.DataObject) -> None:
         segment = self.pick(data, self.segments)
         self.allocator.release_segment(segment)
         del self.segments[segment]
 
-    @precondition(lambda self: len(self.sessions) < 4)
-    @rule(data=st.data())
-    def create_session(self, data: st.DataObject) -> None:
-        def matrix(values: st.SearchStrategy[int]) -> list[list[int]]:
-            return [[data.draw(values) for _ in range(NUM_HEADS)] for _ in range(NUM_LAYERS)]
-
-        windows, sinks = matrix(st.sampled_from([-1, 1, 2, 3, 6, 11])), matrix(st.integers(0, 6))
+    @precondition(lambda self: len(self.sessions) < 3)
+    @rule(windows=WINDOWS, sinks=SINKS)
+    def create_session(self, windows: list[list[int]], sinks: list[list[int]]) -> None:
         session = self.allocator.create_session(windows, sinks)
         self.sessions[session] = model.Session(windows, sinks)
 
-    @precondition(lambda self: self.sessions and len(self.sessions) < 4)
+    @precondition(lambda self: len(self.sessions) < 3)
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
         session = self.pick(data, self.sessions)
         self.sessions[self.allocator.fork_session(session)] = self.sessions[session].fork()
 
-    @precondition(lambda self: self.sessions)
+    @precondition(lambda self: len(self.sessions) > 2)
     @rule(data=st.data())
     def release_session(self, data: st.DataObject) -> None:
         session = self.pick(data, self.sessions)
         self.allocator.release_session(session)
         del self.sessions[session]
 
-    @precondition(lambda self: self.sessions and self.segments)
+    @precondition(lambda self: self.segments)
     @rule(data=st.data())
     def append_segment(self, data: st.DataObject) -> None:
         session, segment = self.pick(data, self.sessions), self.pick(data, self.segments)
@@ -207,15 +217,27 @@ class AllocatorWalk(RuleBasedStateMachine):
         self.sessions[session].append_segment(self.segments[segment])
         assert self.allocator.free_pages() == free
 
-    @precondition(lambda self: self.sessions)
-    @rule(data=st.data(), expire_first=st.booleans())
-    def append_tokens(self, data: st.DataObject, expire_first: bool) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(sorted(self.sessions)), unique=True))
-        num_tokens = [data.draw(st.sampled_from([0, 1, 1, 1, 2, 5, 12])) for _ in chosen]
-        most = sum(len(HEADS) * (1 + -(-n // self.page_size)) for n in num_tokens)
+    @rule(data=st.data(), num_tokens=st.lists(st.integers(0, 12), min_size=3, max_size=3))
+    def prefill(self, data: st.DataObject, num_tokens: list[int]) -> None:
+        chosen = data.draw(
+            st.lists(st.sampled_from(sorted(self.sessions)), min_size=1, unique=True)
+        )
+        self.append(dict(zip(chosen, num_tokens, strict=False)), expire_first=False)
+
+    @rule(num_steps=st.integers(1, 9))
+    def decode(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self.append(dict.fromkeys(self.sessions, 1), expire_first=True)
+
+    def append(self, num_tokens: dict[int, int], expire_first: bool) -> None:
+        most = sum(len(HEADS) * (1 + -(-n // self.page_size)) for n in num_tokens.values())
         with self.all_or_nothing(most):
-            self.execute(self.allocator.append_tokens(chosen, num_tokens, expire_first))
-            for session, n in zip(chosen, num_tokens, strict=True):
+            self.execute(
+                self.allocator.append_tokens(
+                    list(num_tokens), list(num_tokens.values()), expire_first
+                )
+            )
+            for session, n in num_tokens.items():
                 expected = self.sessions[session]
                 if expire_first:
                     expected.expire()
@@ -245,7 +267,7 @@ class AllocatorWalk(RuleBasedStateMachine):
         for i in range(1 + two_requests):
             # Runs, so that whole pages are among the requested ones.
             begin = data.draw(st.integers(0, expected.length - 1))
-            end = data.draw(st.integers(begin, min(expected.length, begin + 12)))
+            end = data.draw(st.integers(begin + 1, min(expected.length, begin + 12)))
             step = data.draw(st.sampled_from([1, 1, 3]))
             requests.append(
                 (
@@ -273,7 +295,6 @@ class AllocatorWalk(RuleBasedStateMachine):
                     slots[:, [head for head in range(NUM_HEADS) if (layer, head) not in heads]] = -1
                     self.write_positions(session, layer, slots, positions)
 
-    @precondition(lambda self: self.sessions)
     @rule(data=st.data())
     def expire(self, data: st.DataObject) -> None:
         session = self.pick(data, self.sessions)
@@ -285,7 +306,6 @@ class AllocatorWalk(RuleBasedStateMachine):
             for _, first, count, _ in self.row(session, head):  # what is left is of use
                 assert any(row.sees(p, expected.length) for p in range(first, first + count))
 
-    @precondition(lambda self: self.sessions)
     @rule(data=st.data())
     def truncate(self, data: st.DataObject) -> None:
         session = self.pick(data, self.sessions)
@@ -315,7 +335,7 @@ class AllocatorWalk(RuleBasedStateMachine):
 TestAllocatorWalk = AllocatorWalk.TestCase
 TestAllocatorWalk.settings = settings(
     max_examples=100,
-    stateful_step_count=40,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

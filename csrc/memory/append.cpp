@@ -129,7 +129,8 @@ AllocResult SegmentAllocator::append_tokens(const std::vector<SessionId>& sessio
       if (in_tail == num_tokens[i]) continue;
       const int64_t num_new = ceil_div(num_tokens[i] - in_tail, page_size);
       exchange.need(num_new);
-      row.reserve_back(num_new);
+      // Never more than the pool has: a senseless request must not exhaust the host's memory.
+      if (exchange.fits()) row.reserve_back(num_new);
     }
   }
   copies->reserve(impl.copied_tails.size());

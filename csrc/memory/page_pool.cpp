@@ -28,7 +28,7 @@ AllocResult PageExchange::settle() {
   AllocResult result;
   result.pages_needed = num_needed_ - num_freed_;
   result.pages_free = pool_.num_free() - num_freed_;
-  if (result.pages_needed > result.pages_free) {
+  if (!fits()) {
     result.status = AllocStatus::kOutOfPages;
     return result;
   }

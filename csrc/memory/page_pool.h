@@ -56,6 +56,7 @@ class PageExchange {
   void drop(int32_t page);
   // Asks for pages; the caller takes exactly as many after settle().
   void need(int64_t num_pages) { num_needed_ += num_pages; }
+  bool fits() const { return num_needed_ <= pool_.num_free(); }
   // kOk: dropped pages without a holder are free, and the pages asked for can be taken.
   AllocResult settle();
 

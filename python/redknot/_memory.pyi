@@ -1,7 +1,7 @@
 """Pages, head segments and session rows of one device (compiled; see `SegmentAllocator`)."""
 
 from collections.abc import Sequence
-from typing import TypeAlias, TypedDict
+from typing import TypeAlias, TypedDict, type_check_only
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,8 +24,9 @@ class OutOfPages(RuntimeError):
     pages_needed: int
     pages_free: int
 
+@type_check_only
 class AllocatorStats(TypedDict):
-    """What `SegmentAllocator.stats` returns; exists for type checkers only.
+    """What `SegmentAllocator.stats` returns.
 
     Each page counts once: `num_free_pages + segment_pages + session_global_pages +
     session_local_pages == num_pages`.

@@ -194,17 +194,18 @@ TEST(page_expired_by_two_forks_at_once_is_free_for_both) {
   CHECK_EQ(a.stats().session_local_pages, 12);
 }
 
-TEST(window_of_one_starts_a_new_page_behind_the_gap) {
+TEST(ragged_sink_page_in_front_of_a_gap_takes_no_more_tokens) {
   SegmentAllocator a(config(64));
   const SegmentId prefix = segment_of(a, 2);
   const SessionId s = a.create_session(mixed(1, 1));
   a.append_segment(s, prefix);
+  append(a, {s}, {4});
   a.release_segment(prefix);
-  append(a, {s}, {4});  // two tokens fill the prefix's page
-  append(a, {s}, {1}, true);
+  CHECK_EQ(a.expire(s), 2);  // [2, 6) of the local rows: the prefix's page is their last one now
+  append(a, {s}, {1});
   const std::vector<PageRef> refs = row(a, s, 0, 1);
   CHECK_EQ(refs.size(), 2u);
-  CHECK(same(refs[0], {refs[0].page, 0, 4, 0}));
+  CHECK(same(refs[0], {refs[0].page, 0, 2, 0}));
   CHECK(same(refs[1], {refs[1].page, 6, 1, 0}));
 }
 
@@ -296,6 +297,10 @@ TEST(out_of_pages_changes_nothing) {
   CHECK(copies.empty());
   CHECK(Snapshot(a, {s, fork, other}) == before);
 
+  result = a.append_tokens({s}, {std::numeric_limits<int32_t>::max() - 17}, false, &copies);
+  CHECK(result.status == AllocStatus::kOutOfPages);
+  CHECK(Snapshot(a, {s, fork, other}) == before);
+
   std::vector<int64_t> all(17);
   std::iota(all.begin(), all.end(), 0);
   result = a.make_writable(s, {{{1, 1, 1, 1}, all}}, &copies);
@@ -317,21 +322,21 @@ TEST(statistics_count_every_page_once) {
   a.append_segment(s, kept);
   a.append_segment(s, kept);  // one owner, though it holds the pages twice
   a.append_segment(s, dropped);
-  a.release_segment(dropped);
   append(a, {s}, {1});
   const SessionId swapped = a.create_session({{4, 0}, {}, {4, 0}, {}});
-  a.append_segment(swapped, kept);
+  a.append_segment(swapped, dropped);  // each of its heads is global in one of the sessions
+  a.release_segment(dropped);
   const AllocatorStats stats = a.stats();
   CHECK_EQ(stats.segment_pages, 4);
-  CHECK_EQ(stats.session_global_pages, 4);
-  CHECK_EQ(stats.session_local_pages, 4);
+  CHECK_EQ(stats.session_global_pages, 4 + 2);
+  CHECK_EQ(stats.session_local_pages, 2);
   CHECK_EQ(stats.num_free_pages, 64 - 12);
-  CHECK_EQ(stats.shared_pages, 4);
+  CHECK_EQ(stats.shared_pages, 8);
   CHECK_EQ(stats.num_segments, 1);
   CHECK_EQ(stats.num_sessions, 2);
   CHECK_EQ(stats.bytes_per_page, 64);
   CHECK_EQ(a.session_pages(s), 12);
-  CHECK_EQ(a.session_private_pages(s), 8);
+  CHECK_EQ(a.session_private_pages(s), 4);
 }
 
 TEST(hostile_input_is_refused_in_the_callers_words) {
