@@ -293,6 +293,23 @@ def test_detach_restores_the_model(before):
     assert isinstance(model(prompt(1, 4)).past_key_values, DynamicCache)
 
 
+@torch.no_grad()
+def test_a_wrapped_model_is_attached_inside():
+    """As adapter libraries wrap one."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = torch.nn.ModuleDict({"model": model})
+
+    model = tiny_model()
+    wrapper = Wrapper(model)
+    with attach(wrapper, mixed_heads(model)):
+        tokens = greedy(model, prompt(1, 40), 8)
+    assert_greedy(model, tokens, 40, native_rules(mixed_heads(model), model))
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_refused_attach_changes_nothing():
     model = tiny_model()
     clean = snapshot(model)

@@ -231,6 +231,25 @@ def test_crop_refuses_what_local_heads_have_freed(model):
     assert exact.kv_bytes() == 0
 
 
+@torch.no_grad()
+def test_a_pass_that_broke_off_can_be_repeated(model):
+    ids = prompt(2, 60)
+    cache = SegPagedCache(model.config, HEADS, pool=poisoned_pool())
+    model(ids[:, :40], past_key_values=cache)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(ids[:, 40:], past_key_values=cache)
+    hook.remove()
+    assert cache.get_seq_length() == 40
+    out = model(ids[:, 40:], past_key_values=cache)
+    assert cache.get_seq_length() == 60
+    assert_close(out.logits[:, -1], next_logits(model, ids))
+
+
 # --- batches ---------------------------------------------------------------------------------
 
 

@@ -77,12 +77,17 @@ class PagedBatch:
 
     # --- one layer of one forward pass ----------------------------------------------------------
 
-    def num_slots(self, layer: int = 0) -> int:
-        """Slots per row that a layer has seen, pads included."""
-        return self._seen[layer]
+    def num_slots(self) -> int:
+        """Slots per row that every layer has seen, pads included."""
+        return min(self._seen)
 
     def announce(self, layer: int, step_tokens: int) -> None:
-        """Count the slots of a forward pass; `attend` of the same layer must follow."""
+        """Count the slots of a forward pass; `attend` of the same layer must follow.
+
+        Where the pass before broke off half-way, its tokens are taken back first.
+        """
+        if self._seen[layer] == self._appended > self.num_slots():
+            self.crop(self._appended - self.num_slots())
         self._seen[layer] += step_tokens
 
     def attend(

@@ -261,7 +261,7 @@ class LayerView(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Slots seen, pads and expired tokens included."""
-        return self._batch.num_slots(self._layer)
+        return self._batch.num_slots()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (slots after the next pass, 0)."""

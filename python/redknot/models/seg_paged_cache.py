@@ -91,6 +91,11 @@ class SegPagedCache(Cache):
         """Ids of the batch rows' sessions in the pool's allocator."""
         return tuple(self._batch.sessions)
 
+    @property
+    def is_croppable(self) -> bool:
+        """Whether any crop is possible: no head ever frees a page."""
+        return all(layer.is_croppable for layer in self.layers)
+
     # --- what transformers calls ----------------------------------------------------------------
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
@@ -130,6 +135,7 @@ class SegPagedCache(Cache):
             When that is not so, nothing has changed then; or for a positive number, which older
             versions of transformers read as a length.
         """
+        tokens_to_remove = int(tokens_to_remove)  # 5.16 passes a tensor
         if tokens_to_remove > 0:
             raise InputError(
                 f"crop takes a negative number of tokens to remove, got {tokens_to_remove}"
