@@ -68,6 +68,9 @@ class KVPool:
             storage=storage,
             poison=poison_freed_pages,
         )
+        if self.allocator.poisons_freed_pages:  # pages that were never used must not be read either
+            self.k_cache.fill_(torch.nan)
+            self.v_cache.fill_(torch.nan)
 
     def _index(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

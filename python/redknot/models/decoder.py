@@ -43,12 +43,11 @@ class Decoder:
     def __init__(self, model: Any) -> None:
         self.family = family_of(getattr(model, "config", None))
         # Through wrappers such as LoRA's: the modules inside are those that the wrapper put there.
-        generator, backbone = backbone_of(model)
-        config: Any = backbone.config
+        parts: tuple[Any, Any] = backbone_of(model)
+        self.model, self._backbone = parts
+        config = self._backbone.config
         if model.training:
             raise ModelError("the model is in training mode; call model.eval() first")
-        self.model: Any = generator
-        self._backbone: Any = backbone
         self._layers = list(self._backbone.layers)
         head_dim = getattr(config, "head_dim", None)
         self.shape = ModelShape(
