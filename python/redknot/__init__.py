@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redknot.models.seg_paged_cache import SegPagedCache
     from redknot.engine import Engine, Explanation, Generation, Prefill
     from redknot.errors import (
         BudgetError,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from redknot.heads import HeadMap
     from redknot.models.attach import attach, detach
     from redknot.models.hf_compat import register_attention
+    from redknot.models.seg_paged_cache import SegPagedCache
     from redknot.models.sparse_ffn import SparseFFN
     from redknot.recovery import Dense, Naive, RedKnot
 

@@ -49,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from redknot.cli.output import quiet_libraries
     from redknot.heads import HeadMap
-    from redknot.models import family_of, load_config
+    from redknot.models import family_of, load_config, shape_of
 
     quiet_libraries()
     heads = HeadMap.from_json(args.head_map)
     config = load_config(args.model_config)
-    shape = _model_shape(config)
+    shape = shape_of(config)
     heads.check_model(shape.num_layers, shape.num_kv_heads)
     sliding_windows = family_of(config).sliding_windows(config)
     element_bytes = _bytes_per_element(config)
@@ -96,21 +96,6 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(f"--ffn-keep must be in (0, 1], got {args.ffn_keep}")
     if args.dense_until < 0:
         raise InputError(f"--dense-until must be at least 0, got {args.dense_until}")
-
-
-def _model_shape(config: Any) -> ModelShape:
-    from redknot.recovery import ModelShape
-
-    head_dim = getattr(config, "head_dim", None)
-    return ModelShape(
-        num_layers=config.num_hidden_layers,
-        num_q_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-        hidden_dim=config.hidden_size,
-        ffn_dim=config.intermediate_size,
-        vocab_size=config.vocab_size,
-    )
 
 
 def _bytes_per_element(config: Any) -> int:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from redknot import ops
 from redknot.errors import ModelError
-from redknot.models.families import family_of
+from redknot.models.families import family_of, shape_of
 from redknot.models.hf_compat import backbone_of
-from redknot.recovery import ModelShape
 
 __all__ = ["Decoder"]
 
@@ -49,16 +48,7 @@ class Decoder:
         if model.training:
             raise ModelError("the model is in training mode; call model.eval() first")
         self._layers = list(self._backbone.layers)
-        head_dim = getattr(config, "head_dim", None)
-        self.shape = ModelShape(
-            num_layers=config.num_hidden_layers,
-            num_q_heads=config.num_attention_heads,
-            num_kv_heads=config.num_key_value_heads,
-            head_dim=head_dim or config.hidden_size // config.num_attention_heads,
-            hidden_dim=config.hidden_size,
-            ffn_dim=config.intermediate_size,
-            vocab_size=config.vocab_size,
-        )
+        self.shape = shape_of(config)
         weight = self._backbone.embed_tokens.weight
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device

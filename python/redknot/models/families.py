@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from redknot.errors import ModelError
+from redknot.recovery import ModelShape
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_of", "shape_of"]
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,17 @@ def family_of(config: Any) -> Family:
             "llama3 or yarn scaling"
         )
     return FAMILIES[model_type]
+
+
+def shape_of(config: Any) -> ModelShape:
+    """Return the sizes of a Hugging Face config of a supported family."""
+    head_dim = getattr(config, "head_dim", None)
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        num_q_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim or config.hidden_size // config.num_attention_heads,
+        hidden_dim=config.hidden_size,
+        ffn_dim=config.intermediate_size,
+        vocab_size=config.vocab_size,
+    )
