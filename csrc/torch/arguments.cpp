@@ -118,7 +118,7 @@ void Arguments::matches(const char* name,
         ", got ",
         describe(tensor));
   if (cuda_device_ == kNoCudaDevice) {
-    check(tensor.is_cpu(), name, " must be on the CPU like the other arguments");
+    check(tensor.is_cpu(), name, " must be on the CPU: this build has no CUDA kernel for this op");
   } else {
     check(tensor.is_cuda() && tensor.get_device() == cuda_device_,
           name,

@@ -345,13 +345,16 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor&,
   fail("merge_states: not supported yet");
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) {
+void add_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("seg_paged_attention", TORCH_BOX(&seg_paged_attention));
   m.impl("seg_paged_attention_out", TORCH_BOX(&seg_paged_attention_out));
   m.impl("seg_paged_plan", TORCH_BOX(&seg_paged_plan));
   m.impl("merge_states", TORCH_BOX(&merge_states));
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
 
 }  // namespace redknot::binding

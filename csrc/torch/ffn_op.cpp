@@ -152,8 +152,13 @@ void gathered_ffn(const Tensor& residual,
   }
 }
 
+void add_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("gathered_ffn", TORCH_BOX(&gathered_ffn));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { m.impl("gathered_ffn", TORCH_BOX(&gathered_ffn)); }
+STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
 
 }  // namespace redknot::binding

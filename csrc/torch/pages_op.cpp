@@ -113,11 +113,16 @@ void copy_pages(const Tensor& k_cache, const Tensor& v_cache, const Tensor& copi
   cpu::copy_pages(params, torch_executor());
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) {
+void add_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("write_pages", TORCH_BOX(&write_pages));
   m.impl("copy_pages", TORCH_BOX(&copy_pages));
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
+#if !defined(REDKNOT_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
+#endif
 
 }  // namespace redknot::binding

@@ -142,12 +142,17 @@ void rope_realign_pages(const Tensor& k_cache,
   cpu::rope_realign_pages(params, torch_executor());
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) {
+void add_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("rope_realign", TORCH_BOX(&rope_realign));
   m.impl("rope_realign_out", TORCH_BOX(&rope_realign_out));
   m.impl("rope_realign_pages", TORCH_BOX(&rope_realign_pages));
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
+#if !defined(REDKNOT_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
+#endif
 
 }  // namespace redknot::binding

@@ -72,11 +72,14 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& importance,
   return {indices, count};
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) {
+void add_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("token_importance", TORCH_BOX(&token_importance));
   m.impl("select_tokens", TORCH_BOX(&select_tokens));
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
 
 }  // namespace redknot::binding

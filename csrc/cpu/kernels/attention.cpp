@@ -69,25 +69,21 @@ void attention_merge(const SegPagedAttentionParams& params, const WorkItem& item
       for (int32_t s = 0; s < item.num_splits; ++s) {
         max = std::max(max, Partial(params, item.partial + s).max[m]);
       }
-      const float base = max == -kInf ? 0.0f : max;
-      const auto weight = [&](int32_t s) {
-        const float split_max = Partial(params, item.partial + s).max[m];
-        return split_max == -kInf ? 0.0f : __builtin_exp2f(split_max - base);
-      };
-      float sum = 0.0f;
+      // Summed up in the first split's place.
+      float* sums = Partial(params, item.partial).sums + m * head_dim;
+      float denominator = 0.0f;
       for (int32_t s = 0; s < item.num_splits; ++s) {
-        sum += weight(s) * Partial(params, item.partial + s).denominators[m];
-      }
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      T* out = queries.out(m);
-      for (int64_t d = 0; d < head_dim; ++d) {
-        float value = 0.0f;
-        for (int32_t s = 0; s < item.num_splits; ++s) {
-          value += weight(s) * Partial(params, item.partial + s).sums[m * head_dim + d];
+        const Partial partial(params, item.partial + s);
+        const float weight = partial.max[m] == -kInf ? 0.0f : __builtin_exp2f(partial.max[m] - max);
+        const float* other = partial.sums + m * head_dim;
+        denominator += weight * partial.denominators[m];
+        for (int64_t d = 0; d < head_dim; ++d) {
+          sums[d] = s == 0 ? weight * other[d] : sums[d] + weight * other[d];
         }
-        from_float(value * inverse, out + d);
       }
-      queries.write_lse(m, max, sum);
+      const float inverse = denominator == 0.0f ? 0.0f : 1.0f / denominator;
+      convert_row(sums, head_dim, inverse, queries.out(m));
+      queries.write_lse(m, max, denominator);
     }
   });
 }

@@ -72,11 +72,8 @@ static inline void fetch_ahead(const char* p) {
 template <typename T>
 inline void widen_rows(const char** rows, int count, int64_t head_dim, float* out) {
   for (int i = 0; i < count; ++i) {
-    const T* row = reinterpret_cast<const T*>(rows[i]);
     float* wide = out + i * head_dim;
-    int64_t d = 0;
-    for (; d + kLanes <= head_dim; d += kLanes) store(wide + d, load(row + d));
-    for (; d < head_dim; ++d) wide[d] = to_float(row[d]);
+    convert_row(reinterpret_cast<const T*>(rows[i]), head_dim, 1.0f, wide);
     rows[i] = reinterpret_cast<const char*>(wide);
   }
 }

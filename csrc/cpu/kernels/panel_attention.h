@@ -81,23 +81,15 @@ class PanelAttention {
 
   void write_out() const {
     for (int64_t m = 0; m < queries_.rows(); ++m) {
-      const float sum = sum_[m];
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      T* out = queries_.out(m);
-      const float* column = out_column(m);
-      const int64_t stride = width(m / kPanelRows) * kLanes;
-      for (int64_t d = 0; d < head_dim_; ++d) from_float(column[d * stride] * inverse, out + d);
-      queries_.write_lse(m, max_[m], sum);
+      read_column(m, row_);
+      convert_row(row_, head_dim_, sum_[m] == 0.0f ? 0.0f : 1.0f / sum_[m], queries_.out(m));
+      queries_.write_lse(m, max_[m], sum_[m]);
     }
   }
 
   void write_partial(const Partial& partial) const {
     for (int64_t m = 0; m < queries_.rows(); ++m) {
-      const float* column = out_column(m);
-      const int64_t stride = width(m / kPanelRows) * kLanes;
-      for (int64_t d = 0; d < head_dim_; ++d) {
-        partial.sums[m * head_dim_ + d] = column[d * stride];
-      }
+      read_column(m, partial.sums + m * head_dim_);
       partial.max[m] = max_[m];
       partial.denominators[m] = sum_[m];
     }
@@ -109,25 +101,26 @@ class PanelAttention {
     const int64_t rows = std::min<int64_t>(kPanelRows, queries_.rows() - p * kPanelRows);
     return static_cast<int>((rows + kLanes - 1) / kLanes);
   }
-  const float* out_column(int64_t m) const {
-    return out_ + m / kPanelRows * kPanelRows * head_dim_ + m % kPanelRows;
+  // The sums of query row m.
+  void read_column(int64_t m, float* row) const {
+    const int64_t stride = width(m / kPanelRows) * kLanes;
+    const float* column = out_ + m / kPanelRows * kPanelRows * head_dim_ + m % kPanelRows;
+    for (int64_t d = 0; d < head_dim_; ++d) row[d] = column[d * stride];
   }
 
   // Panels of words [depth, width]; lanes without a query row hold zeros.
   void pack_queries(int32_t offset) {
     ready_ = true;
     offset_ = offset;
-    using Element = typename Mac::Element;
     std::memset(q_, 0, num_panels_ * kPanelRows * depth_ * sizeof(float));
     for (int64_t m = 0; m < queries_.rows(); ++m) {
       queries_.read(m, offset, row_);
-      const int64_t lane = m % kPanelRows;
+      // In place: a row of words is never longer than the row of fp32 it is made from.
+      auto* elements = reinterpret_cast<typename Mac::Element*>(row_);
+      if constexpr (Mac::kPerWord > 1) convert_row(row_, head_dim_, 1.0f, elements);
       const int64_t stride = width(m / kPanelRows) * kLanes;
-      float* panel = q_ + m / kPanelRows * kPanelRows * depth_;
-      for (int64_t d = 0; d < head_dim_; ++d) {
-        auto* word = reinterpret_cast<Element*>(panel + d / Mac::kPerWord * stride + lane);
-        from_float(row_[d], word + d % Mac::kPerWord);
-      }
+      float* column = q_ + m / kPanelRows * kPanelRows * depth_ + m % kPanelRows;
+      for (int64_t i = 0; i < depth_; ++i) column[i * stride] = row_[i];
     }
   }
 

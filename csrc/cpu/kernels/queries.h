@@ -36,7 +36,7 @@ class Queries {
   void read(int64_t m, int32_t offset, float* out) const {
     const T* q = static_cast<const T*>(params_.q) + token(m) * params_.q_token_stride +
                  head(m) * params_.q_head_stride;
-    for (int64_t d = 0; d < params_.pool.head_dim; ++d) out[d] = to_float(q[d]);
+    convert_row(q, params_.pool.head_dim, 1.0f, out);
     if (offset != 0) turn_back(offset, out);
   }
 

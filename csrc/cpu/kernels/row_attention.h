@@ -107,11 +107,9 @@ class RowAttention {
 
   void write_out() const {
     for (int64_t m = 0; m < rows_; ++m) {
-      const float sum = sum_[m];
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      T* out = queries_.out(m);
-      for (int64_t d = 0; d < head_dim_; ++d) from_float(out_[m * padded_ + d] * inverse, out + d);
-      queries_.write_lse(m, max_[m], sum);
+      const float inverse = sum_[m] == 0.0f ? 0.0f : 1.0f / sum_[m];
+      convert_row(out_ + m * padded_, head_dim_, inverse, queries_.out(m));
+      queries_.write_lse(m, max_[m], sum_[m]);
     }
   }
 
@@ -134,7 +132,7 @@ class RowAttention {
     for (int64_t m = 0; m < rows_; ++m) {
       queries_.read(m, offset, row_);
       auto* words = reinterpret_cast<typename Mac::Element*>(q_ + m * padded_);
-      for (int64_t d = 0; d < head_dim_; ++d) from_float(row_[d], words + d);
+      convert_row(row_, head_dim_, 1.0f, words);
     }
   }
 

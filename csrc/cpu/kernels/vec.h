@@ -156,6 +156,14 @@ static inline void store_partial(T* p, Vec x, int64_t count) {
   std::memcpy(p, buffer, count * sizeof(T));
 }
 
+// out = in * scale over a row, from one element type to another.
+template <typename In, typename Out>
+static inline void convert_row(const In* in, int64_t count, float scale, Out* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= count; d += kLanes) store(out + d, load(in + d) * scale);
+  if (d < count) store_partial(out + d, load_partial(in + d, count - d) * scale, count - d);
+}
+
 // --- across lanes -----------------------------------------------------------------------------
 
 static inline float reduce_add(Vec x) {
