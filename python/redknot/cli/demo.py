@@ -23,6 +23,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--questions", type=int, default=1000, help="how many (default 1000)")
     parser.add_argument("--seed", type=int, default=0, help="which held-out prompts (default 0)")
     parser.add_argument("--context", type=int, default=1000, help="document tokens (default 1000)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of every run alike (default 1: the model is so small that more of them cost time)",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=run)
 
@@ -35,7 +41,13 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--context must be between 128 and 4096, got {args.context}")
     if args.seed < 0:
         raise InputError(f"--seed must be >= 0, got {args.seed}")
+    if args.threads < 1:
+        raise InputError(f"--threads must be at least 1, got {args.threads}")
+    import torch
+
     from redknot.eval.demo import run_demo
+
+    torch.set_num_threads(args.threads)
 
     quiet_libraries()
     with progress_bar(args.questions, "questions", "q") as bar:
