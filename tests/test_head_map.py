@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from redknot.errors import HeadMapError
 from redknot.heads import HeadMap
 from redknot.heads.head_map_checks import CLASS_OF_NAME

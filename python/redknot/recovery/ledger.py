@@ -68,8 +68,7 @@ class FlopCounter:
         """QK and PV of one layer; windows, sinks [num_kv_heads]; positions of the query rows."""
         rules = Counter(zip(windows.tolist(), sinks.tolist(), strict=True))
         pairs = sum(
-            count * visible_keys(positions, window, sink)
-            for (window, sink), count in rules.items()
+            count * visible_keys(positions, window, sink) for (window, sink), count in rules.items()
         )
         self._add("attention", 4.0 * self.shape.head_dim * self.shape.group_size * pairs)
 
