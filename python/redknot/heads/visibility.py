@@ -37,7 +37,8 @@ def held_pages(context: int, windows: NDArray, sinks: NDArray, page_size: int) -
     """
     last = -(-context // page_size)  # one past the newest page
     sink_end = -(-np.minimum(sinks.astype(np.int64), context) // page_size)
-    window_begin = np.clip(context - windows.astype(np.int64) + 1, 0, context) // page_size
+    first_seen = np.clip(context - windows.astype(np.int64) + 1, 0, context)
+    window_begin = np.where(first_seen < context, first_seen // page_size, last)
     local = sink_end + np.maximum(0, last - np.maximum(window_begin, sink_end))
     return np.where(windows < 0, np.int64(last), local)
 
