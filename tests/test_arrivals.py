@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+
 from redknot.eval import arrivals
 
 SEEDS = (0, 1, 200_000)

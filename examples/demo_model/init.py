@@ -62,9 +62,14 @@ class Arranger:
 
     @torch.no_grad()
     def arrange(self) -> None:
-        # Rows of equal length, so that the constant has one size behind the first norm.
+        # Equally long rows give the constant one size behind the first norm; equally long codes
+        # let every word match as well as any other (else the faintest names are never found).
+        words = self.embedding[:, : self.token_dim]
+        coded = words @ self.code.T @ self.code
+        rest = self.token_dim - CODE_DIM
+        words = F.normalize(coded) * CODE_DIM**0.5 + F.normalize(words - coded) * rest**0.5
+        self.embedding[:, : self.token_dim] = self.std * words
         self.embedding[:, self.token_dim :] = 0
-        self.embedding.copy_(F.normalize(self.embedding) * self.std * self.token_dim**0.5)
         self.embedding[:, self.constant] = 2 * self.std
         for attention, mlp in zip(self.layers, self.mlps, strict=True):
             for written in (attention.o_proj.weight, mlp.down_proj.weight):

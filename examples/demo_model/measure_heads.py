@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="default: head_map.json beside the model")
     parser.add_argument("--global-fraction", type=float, default=0.15, help="at most (default .15)")
+    parser.add_argument("--min-kl", type=float, default=0.002, help="least KL of a global head")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--sink", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=6)
@@ -90,7 +91,7 @@ def main() -> None:
     prompts = [make_prompt(seed, args.context, args.questions) for seed in seeds]
     scores = measure(engine, prompts, args.window, args.sink)
 
-    num_global = int(args.global_fraction * scores.size)
+    num_global = min(int(args.global_fraction * scores.size), int((scores > args.min_kl).sum()))
     best = np.argsort(-scores, axis=None, kind="stable")[:num_global]
     classes = np.full(scores.size, "local", dtype=object)
     classes[best] = "global"

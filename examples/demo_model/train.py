@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import platform
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +21,10 @@ import torch
 import torch.nn.functional as F
 import transformers
 from init import Arranger
-from redknot.eval import arrivals
 from torch import Tensor
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+
+from redknot.eval import arrivals
 
 NUM_LAYERS, NUM_HEADS, HEAD_DIM, HIDDEN_DIM, FFN_DIM = 6, 8, 32, 128, 256
 ATTENTION = "sdpa_with_far_mass"
@@ -40,12 +40,12 @@ class Stage:
 
 
 STAGES = (
-    Stage(64, 40, 5),
-    Stage(128, 20, 8),
-    Stage(256, 9, 14),
-    Stage(512, 4, 24),
-    Stage(1024, 2, 40),
-    Stage(2048, 1, 60),
+    Stage(64, 32, 5),
+    Stage(128, 20, 9),
+    Stage(256, 9, 18),
+    Stage(512, 4, 36),
+    Stage(1024, 2, 60),
+    Stage(2048, 1, 100),
 )
 GATE = 0.85  # moving accuracy of the worse kind of question
 MIN_STEPS_PER_STAGE = 50
@@ -133,7 +133,10 @@ class Losses:
 
 
 def compute_losses(
-    model: LlamaForCausalLM, batch: arrivals.Batch, probe: FarMass, args: argparse.Namespace
+    model: LlamaForCausalLM,
+    batch: arrivals.Batch,
+    probe: FarMass,
+    args: argparse.Namespace,
 ) -> Losses:
     tokens = torch.from_numpy(batch.token_ids)
     roles = torch.from_numpy(batch.roles)[:, 1:]
@@ -153,7 +156,7 @@ def compute_losses(
     answer = F.cross_entropy(logits, targets[asked])
     # Ordinary text on a quarter of the context, and how an answer ends.
     sampled = (roles == arrivals.ROLE_CONTEXT) & (torch.rand(roles.shape) < 0.25)
-    text = cross_entropy(sampled | (roles == arrivals.ROLE_END))
+    text = cross_entropy(sampled) + cross_entropy(roles == arrivals.ROLE_END)
     # The hour a relative fact amounts to, readable half way up at its offset token.
     first_hour = arrivals.TOKEN_IDS[arrivals.HOURS[0]]
     hours = slice(first_hour, first_hour + len(arrivals.HOURS))
@@ -208,10 +211,15 @@ def measure(model: LlamaForCausalLM, length: int, first_seed: int, count: int) -
     }
 
 
+def settled(step: int, args: argparse.Namespace) -> float:
+    """How far the last part of training has come: 0 until it begins, 1 at the end."""
+    begin = args.steps * (1 - args.settle)
+    return max(0.0, (step - begin) / (args.steps - begin))
+
+
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Warm up over 60 steps; from 60 % of the steps on fall linearly, to 3 %."""
-    remaining = 1 - step / args.steps
-    return args.lr * min(1.0, (step + 1) / 60) * min(1.0, max(0.03, remaining / 0.4))
+    """Warm up over 60 steps; while settling fall linearly, to 3 %."""
+    return args.lr * min(1.0, (step + 1) / 60) * max(0.03, 1 - settled(step, args))
 
 
 def train(model: LlamaForCausalLM, args: argparse.Namespace) -> dict[str, float]:
@@ -227,7 +235,7 @@ def train(model: LlamaForCausalLM, args: argparse.Namespace) -> dict[str, float]
     # A pair of numbers, so that no prompt seed of calibration or evaluation gives this stream.
     rng = np.random.default_rng((7, args.seed))
     stage, moving, steps_in_stage, num_tokens = 0, 0.0, 0, 0
-    started = time.time()
+    started, started_cpu = time.time(), time.process_time()
     history: list[dict[str, float]] = []
     for step in range(args.steps):
         for group in optimizer.param_groups:
@@ -262,6 +270,7 @@ def train(model: LlamaForCausalLM, args: argparse.Namespace) -> dict[str, float]
         "steps": args.steps,
         "tokens": num_tokens,
         "minutes": round((time.time() - started) / 60, 1),
+        "cpu_minutes": round((time.process_time() - started_cpu) / 60, 1),
         "last_stage_context_tokens": STAGES[stage].context_tokens,
     }
 
@@ -271,11 +280,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--settle", type=float, default=0.5, help="last part: lr falls")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--num-matching", type=int, default=4, help="matching heads per layer")
     parser.add_argument("--text-weight", type=float, default=0.1)
     parser.add_argument("--stored-weight", type=float, default=0.5)
-    parser.add_argument("--far-weight", type=float, default=0.01)
+    parser.add_argument("--far-weight", type=float, default=0.02)
     parser.add_argument("--far-window", type=int, default=32)
     parser.add_argument("--eval-questions", type=int, default=200)
     args = parser.parse_args()
@@ -296,8 +306,14 @@ def main() -> None:
         print(length, numbers, flush=True)
     model.half().save_pretrained(args.out)
     arrivals.build_tokenizer().save_pretrained(args.out)
+    given = vars(args).items()
+    options = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in given
+        if name == "seed" or (name != "out" and value != parser.get_default(name))
+    ]
     result |= {
-        "command": "python examples/demo_model/train.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python examples/demo_model/train.py", *options, "--out DIR"]),
         "date": datetime.date.today().isoformat(),
         "versions": {
             "python": platform.python_version(),

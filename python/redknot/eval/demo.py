@@ -38,13 +38,21 @@ _MAX_NEW_TOKENS = 3  # the answer, the full stop, the end of the sequence
 
 
 def demo_engine(
-    heads: HeadMap | None = None, *, kv_budget: str | int = "256MiB", **options: Any
+    heads: HeadMap | None = None,
+    *,
+    model: Path | None = None,
+    kv_budget: str | int = "256MiB",
+    **options: Any,
 ) -> Engine:
-    """Return an engine over the embedded model, with its measured head map by default."""
+    """Return an engine over the embedded model, or another of its kind.
+
+    `heads` is by default the head map that was measured for the model.
+    """
+    model = model if model is not None else DEMO_MODEL
     return Engine(
-        load_model(DEMO_MODEL, dtype="float32"),
-        heads if heads is not None else HeadMap.from_json(DEMO_MODEL / "head_map.json"),
-        tokenizer=load_tokenizer(DEMO_MODEL),
+        load_model(model, dtype="float32"),
+        heads if heads is not None else HeadMap.from_json(model / "head_map.json"),
+        tokenizer=load_tokenizer(model),
         kv_budget=kv_budget,
         page_size=_PAGE_SIZE,
         **options,
