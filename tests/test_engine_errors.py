@@ -18,6 +18,8 @@ from redknot import (
     RedKnot,
     UnknownDocumentError,
 )
+from redknot.engine import Sampling
+from redknot.engine.generation import GenerationLoop, Request
 
 pytestmark = pytest.mark.transformers
 
@@ -185,3 +187,52 @@ def test_unused_modules_are_called_as_they_are(model):
     assert Counted.calls > 0 and Counted.ffn
     assert torch.allclose(results[0].logits, results[1].logits, atol=1e-4)
     assert results[1].ledger.parts["projections"] > results[0].ledger.parts["projections"]
+
+
+def decode_under_a_full_pool(engine, document, fill) -> list[int]:
+    """Prefill a request, let `fill` take every page, then decode 40 tokens."""
+    admitted = engine._admission.admit([document], np.array([3, 4]), Naive(), new_tokens=0)
+    loop = GenerationLoop(
+        engine._runner,
+        None,
+        max_new_tokens=40,
+        stop=(),
+        make_room=lambda missing: engine.documents.make_room((), missing, "a decode step"),
+    )
+    try:
+        list(loop.start(Request(0, admitted.session, admitted.rules, admitted.prefill), Sampling()))
+        fill()
+        list(loop.run())
+        return loop.results()[0].token_ids
+    finally:
+        loop.release()
+
+
+def test_decoding_evicts_documents_that_took_its_pages(model):
+    engine = make_engine(model, kv_budget="500KiB")
+    document = engine.add([7] * 40)
+    expected = engine.generate([document], [3, 4], max_new_tokens=40, policy=Naive()).token_ids
+
+    def fill():
+        for number in range(3, 128):  # one page a head each, until nothing is left to take
+            if engine.pool.allocator.free_pages() < 6:
+                return
+            engine.add([number] * 16)
+
+    evictions = engine.documents.store.stats.evictions
+    assert decode_under_a_full_pool(engine, document, fill) == expected
+    assert engine.documents.store.stats.evictions > evictions
+
+
+def test_decoding_that_finds_no_page_says_so(model):
+    engine = make_engine(model, kv_budget="500KiB")
+    document = engine.add([7] * 40)
+    allocator = engine.pool.allocator
+
+    def fill():
+        engine.documents.store.clear()
+        allocator.create_segment(16 * (allocator.free_pages() // 6), 0)  # nobody can evict it
+
+    with pytest.raises(BudgetError, match="a decode step needs 6 pages"):
+        decode_under_a_full_pool(engine, document, fill)
+    assert engine.kv_stats()["num_sessions"] == 0

@@ -297,7 +297,11 @@ class Engine:
         stop = [stop] if isinstance(stop, str) else list(stop)
         with self._lock:
             loop = GenerationLoop(
-                self._runner, self.tokenizer, max_new_tokens=max_new_tokens, stop=stop
+                self._runner,
+                self.tokenizer,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                make_room=lambda missing: self.documents.make_room((), missing, "a decode step"),
             )
             try:
                 for number, (documents, question) in enumerate(requests):

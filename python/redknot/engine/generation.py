@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from redknot._memory import OutOfPages
 from redknot.engine.results import Generation, Prefill
 from redknot.engine.runner import HeadRules, Runner
 from redknot.engine.sampling import Sampler, Sampling, TextStream
@@ -33,9 +34,16 @@ class GenerationLoop:
     """Decodes a batch of ragged requests together until the last is finished."""
 
     def __init__(
-        self, runner: Runner, tokenizer: Any, *, max_new_tokens: int, stop: Sequence[str]
+        self,
+        runner: Runner,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str],
+        make_room: Callable[[OutOfPages], None],
     ) -> None:
         self._runner = runner
+        self._make_room = make_room
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
         self._stop = stop
@@ -65,9 +73,7 @@ class GenerationLoop:
             last = torch.tensor(
                 [r.token_ids[-1] for r in running], device=self._runner.decoder.device
             )
-            logits = self._runner.decode(
-                [r.session for r in running], last, [r.rules for r in running]
-            )
+            logits = self._decode(running, last)
             pieces = [
                 piece
                 for request, row in zip(running, logits, strict=True)
@@ -99,6 +105,15 @@ class GenerationLoop:
         """Give back the pages of every request."""
         while self._requests:
             self._runner.pool.allocator.release_session(self._requests.pop().session)
+
+    def _decode(self, running: Sequence[Request], last: torch.Tensor) -> torch.Tensor:
+        """One step; documents added under an open stream may have taken the promised room."""
+        sessions, rules = [r.session for r in running], [r.rules for r in running]
+        while True:
+            try:
+                return self._runner.decode(sessions, last, rules)
+            except OutOfPages as missing:
+                self._make_room(missing)
 
     def _accept(self, request: Request, logits: torch.Tensor) -> Iterator[tuple[int, str]]:
         """Choose the next token of a request from its logits [vocab_size]."""
