@@ -69,6 +69,7 @@ def test_policies(model_dir, documents, policy, capsys):
     assert main(args) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["explain"]["policy"] == policy
+    assert (report["dense_kv_bytes"] is None) == (policy != "dense")  # nothing that was not run
     assert len(report["runs"]) == 1
 
 

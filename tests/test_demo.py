@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from redknot import Dense, HeadMap, Naive, RedKnot
 from redknot.cli.main import main
-from redknot.eval.demo import DEMO_MODEL, demo_engine, run_demo
+from redknot.eval.demo import DEMO_MODEL, demo_engine, other_heads, run_demo
 from redknot.eval.statistics import median_and_spread, wilson_interval
 
 pytestmark = pytest.mark.transformers
@@ -24,7 +23,7 @@ def heads():
 @pytest.fixture(scope="module")
 def figures(heads):
     """Dense, naive, redknot; and redknot with as many other heads global in the same layers."""
-    engine, wrong = demo_engine(heads), demo_engine(shifted(heads))
+    engine, wrong = demo_engine(heads), demo_engine(other_heads(heads))
     policies = [
         ("dense", Dense(), engine),
         ("naive", Naive(), engine),
@@ -34,21 +33,11 @@ def figures(heads):
     return run_demo(QUESTIONS, seed=500, policies=policies)[0]
 
 
-def shifted(heads: HeadMap) -> HeadMap:
-    """As many global heads in the same layers, none of which was global before."""
-    classes = np.array(heads.classes)
-    for layer, row in enumerate(heads.is_global):
-        free = np.flatnonzero(~row)[: row.sum()]
-        classes[layer] = "local"
-        classes[layer, free] = "global"
-    return HeadMap(classes.tolist(), window=64, sink=4)
-
-
 def test_the_map_is_within_its_budget(heads, figures):
     assert heads.global_fraction <= 0.15
     local = ~heads.is_global
     assert (heads.windows[local] + heads.sinks[local]).max() <= figures["prompt_tokens"] / 8
-    assert not (shifted(heads).is_global & heads.is_global).any()
+    assert not (other_heads(heads).is_global & heads.is_global).any()
 
 
 def test_redknot_answers_as_dense_and_naive_does_not(figures):

@@ -18,18 +18,7 @@ import numpy as np
 import torch
 
 from redknot import Dense, HeadMap, Naive, RedKnot
-from redknot.eval.demo import demo_engine, run_demo
-
-
-def other_heads(heads: HeadMap) -> HeadMap:
-    """As many global heads in each layer, none of which `heads` has."""
-    classes = np.array(heads.classes)
-    for layer, row in enumerate(heads.is_global):
-        classes[layer] = "local"
-        classes[layer, np.flatnonzero(~row)[: row.sum()]] = "global"
-    local = ~heads.is_global
-    window, sink = int(heads.windows[local].max()), int(heads.sinks[local].max())
-    return HeadMap(classes.tolist(), window=window, sink=sink)
+from redknot.eval.demo import demo_engine, other_heads, run_demo
 
 
 def report(model: Path, num_questions: int) -> dict[str, Any]:

@@ -169,11 +169,15 @@ def _text(report: Any, names: dict[str, str]) -> str:
         f"offline: {ledger.offline_flops:.3g} FLOPs, {report.offline_seconds:.2f} s once; "
         f"paid back after {_reuses(ledger.break_even_reuses)}",
         f"KV held: {bytes_text(explanation.kv_bytes)} ({bytes_text(explanation.private_kv_bytes)} "
-        f"by this session alone); dense would hold {bytes_text(report.dense_kv_bytes)}",
+        "by this session alone)" + _dense_kv(report.dense_kv_bytes),
         "",
         *(f"{names[d.id]}\n  {d}" for d in explanation.documents),
     ]
     return "\n".join(lines)
+
+
+def _dense_kv(count: int | None) -> str:
+    return "" if count is None else f"; dense held {bytes_text(count)}"
 
 
 def _reuses(count: float) -> str:

@@ -32,7 +32,7 @@ class Comparison:
     answer: Generation
     runs: tuple[Run, ...]
     offline_seconds: float
-    dense_kv_bytes: int
+    dense_kv_bytes: int | None  # None: no dense run was asked for
 
     def ttft_ratio(self, run: Run) -> float:
         """How many times faster the answer's first token came than this run's."""
@@ -82,7 +82,7 @@ def compare_with_dense(
     kinds: dict[str, Callable[[], Any]] = {
         own: lambda: engine.generate(documents, question, **options)
     }
-    dense_kv_bytes = answer.kv_bytes
+    dense_kv_bytes = answer.kv_bytes if own == "dense" else None
     if compare:
         if own != "dense":
             dense = engine.generate(documents, question, policy=Dense(), **options)
