@@ -83,9 +83,12 @@ class Admission:
         found: list[Found] = []
         if policy.reuses_documents:
             prefix = self._documents.prefix(keep)
-            found = [self._documents.find(document, keep) for document in documents]
+            entry = policy.entry_layer(self._heads)
+            found = [
+                self._documents.find(document, keep, hidden_layer=entry) for document in documents
+            ]
         layout = _layout(token_ids, prefix, found)
-        plan = policy.plan(layout, heads)
+        plan = policy.plan(layout, self._heads)
         attached = [item.segment.handle for item in ([prefix] if prefix else []) + found]
         session = self._open_session(
             attached, layout, plan, rules, keep, running=running, new_tokens=new_tokens
@@ -101,7 +104,6 @@ class Admission:
                 ),
                 counter=counter,
             )
-            assert logits is not None
             if logits.device.type == "cuda":
                 torch.cuda.synchronize(logits.device)
             ttft_seconds = time.perf_counter() - started

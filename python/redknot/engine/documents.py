@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+from torch import Tensor
 
 from redknot._memory import OutOfPages
-from redknot.engine.runner import HeadRules, Prompt, Runner
+from redknot.engine.runner import HeadRules, Runner, TokenSlots
 from redknot.errors import BudgetError, UnknownDocumentError
-from redknot.heads import HeadMap
-from redknot.recovery import Dense, FlopCounter, Placement, PromptLayout
-from redknot.store import MemoryStore, Segment, segment_key
+from redknot.recovery import FlopCounter, Placement
+from redknot.store import MemoryStore, Segment, segment_key, stored_parts
 
 __all__ = ["DocumentCache", "Found"]
 
@@ -61,7 +61,7 @@ class DocumentCache:
         self.prefix_ids = prefix_ids
         self._context_ids = prefix_ids if behind_prefix else prefix_ids[:0]
         self._token_ids: dict[str, np.ndarray] = {}
-        self._keys: dict[str, str] = {}
+        self._keys: dict[str, dict[int | None, str]] = {}  # by the layer of the hidden states
 
     # --- documents by id -------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ class DocumentCache:
         key = self._segment_key(self._context_ids, token_ids)
         document = key[:_ID_LENGTH]
         self._token_ids[document] = token_ids
-        self._keys[document] = key
+        self._keys.setdefault(document, {None: key})
         return document
 
     def token_ids(self, document: str) -> np.ndarray:
@@ -91,11 +91,12 @@ class DocumentCache:
     def is_cached(self, document: str) -> bool:
         """Whether the document's segment lies in the store."""
         self.token_ids(document)
-        return self._keys[document] in self.store
+        return any(key in self.store for key in self._keys[document].values())
 
     def keys(self, documents: Collection[str]) -> set[str]:
         """Keys that a request over `documents` must keep: theirs and the prefix's."""
-        return {self._keys[document] for document in documents} | {self._prefix_key()}
+        keys = {key for document in documents for key in self._keys[document].values()}
+        return keys | {self._prefix_key()}
 
     def clear(self) -> None:
         """Forget every document and drop every segment, the prefix's included."""
@@ -109,28 +110,43 @@ class DocumentCache:
         """The prefix's segment, computed if need be; None when there is no prefix."""
         if not len(self.prefix_ids):
             return None
-        return self._find(self._prefix_key(), self.prefix_ids[:0], self.prefix_ids, keep, None)
+        return self._find(self._prefix_key(), self.prefix_ids[:0], self.prefix_ids, keep)
 
     def find(
         self,
         document: str,
         keep: Collection[str] = (),
         progress: Callable[[], None] | None = None,
+        *,
+        hidden_layer: int | None = None,
     ) -> Found:
         """A document's segment, computed if need be; segments in `keep` are not evicted for it.
+
+        With `hidden_layer` it has the hidden states at that layer's input; where the document is
+        cached without them, they alone are computed, and its pages stay what they are.
 
         Raises
         ------
         BudgetError
             When the pool cannot hold it; nothing was changed.
         """
-        token_ids = self.token_ids(document)
-        return self._find(self._keys[document], self._context_ids, token_ids, keep, progress)
+        token_ids, keys = self.token_ids(document), self._keys[document]
+        if hidden_layer is None:  # any of them has K and V
+            hidden_layer = next((at for at, key in keys.items() if key in self.store), None)
+        elif hidden_layer not in keys:
+            keys[hidden_layer] = self._segment_key(self._context_ids, token_ids, hidden_layer)
+        key = keys[hidden_layer]
+        others = [other for other in keys.values() if other != key and other in self.store]
+        if key not in self.store and others:
+            return self._add_hidden(others[0], key, token_ids, hidden_layer, keep)
+        return self._find(key, self._context_ids, token_ids, keep, progress, hidden_layer)
 
     def _prefix_key(self) -> str:
         return self._segment_key(self.prefix_ids[:0], self.prefix_ids)
 
-    def _segment_key(self, context_ids: np.ndarray, token_ids: np.ndarray) -> str:
+    def _segment_key(
+        self, context_ids: np.ndarray, token_ids: np.ndarray, hidden_layer: int | None = None
+    ) -> str:
         decoder = self._runner.decoder
         return segment_key(
             fingerprint=self._fingerprint,
@@ -138,6 +154,7 @@ class DocumentCache:
             inv_freq=decoder.inv_freq.cpu().numpy(),
             prefix_ids=context_ids,
             token_ids=token_ids,
+            stored=stored_parts(hidden_layer),
         )
 
     def _find(
@@ -146,23 +163,31 @@ class DocumentCache:
         context_ids: np.ndarray,
         token_ids: np.ndarray,
         keep: Collection[str],
-        progress: Callable[[], None] | None,
+        progress: Callable[[], None] | None = None,
+        hidden_layer: int | None = None,
     ) -> Found:
         segment = self.store.get(key)
         if segment is not None:
             return Found(segment, computed=False, reason="found in memory")
         evicted = self.store.was_evicted(key)
-        context = (
-            self._find(self._prefix_key(), context_ids[:0], context_ids, keep, None).segment
-            if len(context_ids)
-            else None
-        )
         segment = self._compute(
-            key, context, context_ids, token_ids, {*keep, self._prefix_key()}, progress
+            key,
+            self._context(context_ids, keep),
+            context_ids,
+            token_ids,
+            {*keep, self._prefix_key()},
+            progress,
+            hidden_layer,
         )
         self.store.put(segment)
         reason = "evicted to make room, computed anew" if evicted else "first use, computed now"
         return Found(segment, computed=True, reason=reason)
+
+    def _context(self, context_ids: np.ndarray, keep: Collection[str]) -> Segment | None:
+        """What documents are computed behind."""
+        if not len(context_ids):
+            return None
+        return self._find(self._prefix_key(), context_ids[:0], context_ids, keep).segment
 
     def make_room(self, keep: Collection[str], missing: OutOfPages, what: str) -> None:
         """Evict one segment that the request does not need, or raise BudgetError."""
@@ -177,6 +202,35 @@ class DocumentCache:
             f"raise kv_budget to at least {wanted:,} bytes"
         ) from missing
 
+    def _add_hidden(
+        self,
+        old_key: str,
+        key: str,
+        token_ids: np.ndarray,
+        hidden_layer: int | None,
+        keep: Collection[str],
+    ) -> Found:
+        """Compute the hidden states of a cached document, over the K and V that it has."""
+        old = self.store.get(old_key)
+        assert old is not None and hidden_layer is not None
+        context = self._context(self._context_ids, keep)
+        attached = [item.handle for item in (context, old) if item is not None]
+        started = time.perf_counter()
+        hidden, flops = self._encode(
+            attached, token_ids, old.first_position, slots=None, hidden_layer=hidden_layer
+        )
+        segment = replace(
+            old,
+            key=key,
+            hidden=hidden,
+            hidden_layer=hidden_layer,
+            offline_flops=old.offline_flops + flops,
+            offline_seconds=old.offline_seconds + time.perf_counter() - started,
+        )
+        self.store.replace(old_key, segment)
+        reason = f"cached without hidden states of layer {hidden_layer}, they were computed now"
+        return Found(segment, computed=True, reason=reason)
+
     def _compute(
         self,
         key: str,
@@ -185,56 +239,73 @@ class DocumentCache:
         token_ids: np.ndarray,
         keep: Collection[str],
         progress: Callable[[], None] | None,
+        hidden_layer: int | None,
     ) -> Segment:
         """Dense prefill of a segment behind its context; K and V go straight to its pages."""
         started = time.perf_counter()
-        decoder, allocator = self._runner.decoder, self._runner.pool.allocator
-        first, total = len(context_ids), len(context_ids) + len(token_ids)
+        allocator, first = self._runner.pool.allocator, len(context_ids)
         while True:
             try:
                 handle = allocator.create_segment(len(token_ids), first)
                 break
             except OutOfPages as missing:
                 self.make_room(keep, missing, f"a document of {len(token_ids)} tokens")
-        counter = FlopCounter(decoder.shape)
-        rules = _dense_rules(decoder.native_windows())
-        session = allocator.create_session(rules.windows, rules.sinks)
+        attached = [handle] if context is None else [context.handle, handle]
         try:
-            if context is not None:
-                allocator.append_segment(session, context.handle)
-            allocator.append_segment(session, handle)
-            layout = PromptLayout(
-                prefix_end=first, documents=(), query_begin=first, num_tokens=total
-            )
-            heads = HeadMap.all_global(decoder.shape.num_layers, decoder.shape.num_kv_heads)
-            self._runner.prefill(
-                session,
-                Prompt(
-                    np.concatenate([context_ids, token_ids]), layout, Dense().plan(layout, heads)
-                ),
-                rules,
-                tail_slots=lambda layer: allocator.segment_slots(handle, layer),
-                counter=counter,
-                want_logits=False,
+            hidden, flops = self._encode(
+                attached,
+                token_ids,
+                first,
+                slots=lambda layer: allocator.segment_slots(handle, layer),
+                hidden_layer=hidden_layer,
                 progress=progress,
             )
         except BaseException:
             allocator.release_segment(handle)
             raise
-        finally:
-            allocator.release_session(session)
         return Segment(
             key=key,
             handle=handle,
             first_position=first,
             num_tokens=len(token_ids),
-            offline_flops=sum(counter.close().values()),
+            offline_flops=flops,
             offline_seconds=time.perf_counter() - started,
+            hidden=hidden,
+            hidden_layer=hidden_layer,
         )
 
-
-def _dense_rules(windows: np.ndarray) -> HeadRules:
-    return HeadRules(np.ones_like(windows, dtype=bool), windows, np.zeros_like(windows))
+    def _encode(
+        self,
+        attached: Sequence[int],
+        token_ids: np.ndarray,
+        first_position: int,
+        *,
+        slots: TokenSlots | None,
+        hidden_layer: int | None,
+        progress: Callable[[], None] | None = None,
+    ) -> tuple[Tensor | None, float]:
+        """Hidden states, if wanted, and FLOPs of a pass over the last of some segments."""
+        decoder, allocator = self._runner.decoder, self._runner.pool.allocator
+        counter = FlopCounter(decoder.shape)
+        windows = decoder.native_windows()
+        rules = HeadRules(np.ones_like(windows, dtype=bool), windows, np.zeros_like(windows))
+        session = allocator.create_session(rules.windows, rules.sinks)
+        try:
+            for handle in attached:
+                allocator.append_segment(session, handle)
+            hidden = self._runner.encode(
+                session,
+                token_ids,
+                first_position,
+                rules,
+                slots=slots,
+                counter=counter,
+                hidden_layer=hidden_layer,
+                progress=progress,
+            )
+        finally:
+            allocator.release_session(session)
+        return hidden, sum(counter.close().values())
 
 
 def place(prefix_end: int, segments: list[Segment]) -> tuple[Placement, ...]:

@@ -165,7 +165,9 @@ class Engine:
         )
         with self._lock:
             document_id = self.documents.register(token_ids)
-            self.documents.find(document_id, progress=progress)
+            self.documents.find(
+                document_id, progress=progress, hidden_layer=self.policy.entry_layer(self.heads)
+            )
             return document_id
 
     def offline_seconds(self, documents: Sequence[str]) -> float:

@@ -14,9 +14,10 @@ from redknot.cache import KVPool
 from redknot.models.decoder import Decoder
 from redknot.recovery import FfnRule, FlopCounter, LayerPlan, PromptLayout, RecoveryPlan
 
-__all__ = ["HeadRules", "Prompt", "Runner"]
+__all__ = ["HeadRules", "Prompt", "Runner", "TokenSlots"]
 
-TailSlots = Callable[[int], np.ndarray]
+# Slots [num_rows, num_kv_heads] of the rows that a pass computes, by layer.
+TokenSlots = Callable[[int], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,14 @@ class Runner:
         prompt: Prompt,
         rules: HeadRules,
         *,
-        tail_slots: TailSlots,
+        tail_slots: TokenSlots,
         counter: FlopCounter,
-        want_logits: bool = True,
-        progress: Callable[[], None] | None = None,
-    ) -> Tensor | None:
+    ) -> Tensor:
         """Compute the live rows of every layer and write the K/V that the plan refreshes.
 
         The session's rows hold all tokens already (attached documents, room for the query), and
         pages to be written are private. `tail_slots(layer)` gives the slots of the query's rows,
-        [num_query_rows, num_kv_heads]. Returns the logits [vocab_size] of the last row; without
-        `want_logits` it stops when the last layer's K/V are written, and returns None.
+        [num_query_rows, num_kv_heads]. Returns the logits [vocab_size] of the last row.
         """
         decoder, plan = self.decoder, prompt.plan
         query = prompt.layout.query_positions
@@ -92,21 +90,7 @@ class Runner:
             self._refresh_kv(
                 session, layer, normed, rows, key_positions, step, rules, tail_slots, counter
             )
-            if progress is not None:
-                progress()
-            if not want_logits and layer == len(plan.layers) - 1:
-                return None
-            out = self.pool.attend(
-                decoder.query(layer, normed, q_positions),
-                [session],
-                layer,
-                cu_seqlens_q=cu_seqlens_q,
-                q_positions=q_positions,
-                row_window=self._tensor(rules.windows[layer]),
-                row_sink=self._tensor(rules.sinks[layer]),
-                inv_freq=decoder.inv_freq,
-                softmax_scale=decoder.softmax_scale,
-            )
+            out = self._attend(session, layer, normed, cu_seqlens_q, q_positions, rules)
             hidden = decoder.add_attention(layer, hidden, out)
             counter.query_and_output(len(rows))
             counter.rotation(len(rows) * decoder.shape.num_q_heads)
@@ -122,6 +106,73 @@ class Runner:
         counter.lm_head()
         return decoder.logits(hidden[-1:])[0]
 
+    @torch.inference_mode()
+    def encode(
+        self,
+        session: int,
+        token_ids: np.ndarray,
+        first_position: int,
+        rules: HeadRules,
+        *,
+        slots: TokenSlots | None,
+        counter: FlopCounter,
+        hidden_layer: int | None = None,
+        progress: Callable[[], None] | None = None,
+    ) -> Tensor | None:
+        """Pass over a segment's tokens, the last of `session`, in every head; K/V are written.
+
+        It ends when the last layer's K/V are; without `slots` they lie in the pages already, and
+        it ends at `hidden_layer`. Returns the hidden states [num_tokens, hidden_dim] at the input
+        of `hidden_layer`, or None without one.
+        """
+        decoder, shape, num_rows = self.decoder, self.decoder.shape, len(token_ids)
+        rows = np.arange(first_position, first_position + num_rows)
+        cu_seqlens_q, q_positions = self._query_index(rows)
+        hidden, kept = decoder.embed(self._tensor(token_ids, torch.int64)), None
+        for layer in range(shape.num_layers):
+            if layer == hidden_layer:
+                kept = hidden
+                if slots is None:
+                    break
+            normed = decoder.attention_norm(layer, hidden)
+            if slots is not None:
+                self.pool.write(*decoder.key_value(layer, normed, q_positions), slots(layer))
+                counter.key_value(num_rows, shape.num_kv_heads)
+                counter.rotation(num_rows * shape.num_kv_heads)
+            if progress is not None:
+                progress()
+            if layer == shape.num_layers - 1:
+                break
+            out = self._attend(session, layer, normed, cu_seqlens_q, q_positions, rules)
+            hidden = decoder.add_ffn(layer, decoder.add_attention(layer, hidden, out))
+            counter.query_and_output(num_rows)
+            counter.rotation(num_rows * shape.num_q_heads)
+            counter.attention(rows, rules.windows[layer], rules.sinks[layer])
+            counter.ffn(num_rows)
+        return kept
+
+    def _attend(
+        self,
+        session: int,
+        layer: int,
+        normed: Tensor,
+        cu_seqlens_q: Tensor,
+        q_positions: Tensor,
+        rules: HeadRules,
+    ) -> Tensor:
+        """Attention output [num_rows, num_q_heads, head_dim] of some rows of one session."""
+        return self.pool.attend(
+            self.decoder.query(layer, normed, q_positions),
+            [session],
+            layer,
+            cu_seqlens_q=cu_seqlens_q,
+            q_positions=q_positions,
+            row_window=self._tensor(rules.windows[layer]),
+            row_sink=self._tensor(rules.sinks[layer]),
+            inv_freq=self.decoder.inv_freq,
+            softmax_scale=self.decoder.softmax_scale,
+        )
+
     def _query_index(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         return self._tensor(np.array([0, len(rows)])), self._tensor(rows)
 
@@ -134,7 +185,7 @@ class Runner:
         key_positions: np.ndarray,
         step: LayerPlan,
         rules: HeadRules,
-        tail_slots: TailSlots,
+        tail_slots: TokenSlots,
         counter: FlopCounter,
     ) -> None:
         """Write K/V: global heads of all live rows, local heads of the query and `fresh_local`."""

@@ -9,12 +9,13 @@ import numpy as np
 
 from redknot.heads import HeadMap
 from redknot.recovery.plan import LayerPlan, PromptLayout, RecoveryPlan
+from redknot.recovery.policy import Policy
 
 __all__ = ["Dense"]
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(Policy):
     """Compute every token in every layer; all heads global, before and while decoding."""
 
     name: ClassVar[str] = "dense"

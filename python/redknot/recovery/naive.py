@@ -9,12 +9,13 @@ import numpy as np
 
 from redknot.heads import HeadMap
 from redknot.recovery.plan import LayerPlan, PromptLayout, RecoveryPlan
+from redknot.recovery.policy import Policy
 
 __all__ = ["Naive"]
 
 
 @dataclass(frozen=True)
-class Naive:
+class Naive(Policy):
     """Reuse every document's K/V verbatim in all heads; no row of a document lives.
 
     Heads see what the head map lets them see, as under every other policy, so that it differs from
@@ -22,11 +23,6 @@ class Naive:
     """
 
     name: ClassVar[str] = "naive"
-    reuses_documents: ClassVar[bool] = True
-
-    def effective_heads(self, heads: HeadMap) -> HeadMap:
-        """Return the map as given."""
-        return heads
 
     def plan(self, layout: PromptLayout, heads: HeadMap) -> RecoveryPlan:
         """Nothing is live but the query."""

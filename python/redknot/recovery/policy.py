@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from redknot.heads import HeadMap
 from redknot.recovery.plan import PromptLayout, RecoveryPlan
@@ -10,18 +11,24 @@ from redknot.recovery.plan import PromptLayout, RecoveryPlan
 __all__ = ["Policy"]
 
 
-@runtime_checkable
-class Policy(Protocol):
+class Policy(ABC):
     """A choice of (live rows, which K/V are refreshed, where the FFN runs)."""
 
     name: ClassVar[str]
     # False: documents are not read from the cache at all; every token is a row of the query.
-    reuses_documents: ClassVar[bool]
+    reuses_documents: ClassVar[bool] = True
 
     def effective_heads(self, heads: HeadMap) -> HeadMap:
-        """Return the head map this policy runs under."""
-        ...
+        """Return the head map this policy runs under; by default the one it was given."""
+        return heads
 
+    def entry_layer(self, heads: HeadMap) -> int | None:
+        """Layer whose input hidden states the policy reads from cached documents; None: none."""
+        return None
+
+    @abstractmethod
     def plan(self, layout: PromptLayout, heads: HeadMap) -> RecoveryPlan:
-        """Decide, before anything is computed, what each layer does with `layout`."""
-        ...
+        """Decide, before anything is computed, what each layer does with `layout`.
+
+        `heads` is the map as given, not `effective_heads` of it.
+        """

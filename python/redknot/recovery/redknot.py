@@ -10,12 +10,13 @@ import numpy as np
 from redknot.errors import InputError
 from redknot.heads import HeadMap
 from redknot.recovery.plan import FfnRule, LayerPlan, PromptLayout, RecoveryPlan
+from redknot.recovery.policy import Policy
 
 __all__ = ["RedKnot"]
 
 
 @dataclass(frozen=True)
-class RedKnot:
+class RedKnot(Policy):
     """Elastic Sparsity (arXiv 2606.06256).
 
     Every row of a moved document lives in every layer. Its K/V replace the cached ones in global
@@ -48,7 +49,6 @@ class RedKnot:
     boundary_rows: int = 0
 
     name: ClassVar[str] = "redknot"
-    reuses_documents: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for option in ("ffn_mass", "ffn_mass_deep"):
@@ -61,10 +61,6 @@ class RedKnot:
                 raise InputError(f"RedKnot: {option} must be an int >= 0, got {value!r}")
         if (self.deep_start is None) != (self.ffn_mass_deep is None):
             raise InputError("RedKnot: deep_start and ffn_mass_deep belong together; give both")
-
-    def effective_heads(self, heads: HeadMap) -> HeadMap:
-        """Return the map as given."""
-        return heads
 
     def mass_of_layer(self, layer: int) -> float:
         """Share of the importance that the FFN of `layer` must hold."""

@@ -1,6 +1,6 @@
 """Segments and where they are kept."""
 
-from redknot.store.keys import LAYOUT_VERSION, model_fingerprint, segment_key
+from redknot.store.keys import LAYOUT_VERSION, model_fingerprint, segment_key, stored_parts
 from redknot.store.memory_store import MemoryStore, StoreStats
 from redknot.store.segment import Segment
 
@@ -11,4 +11,5 @@ __all__ = [
     "StoreStats",
     "model_fingerprint",
     "segment_key",
+    "stored_parts",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LAYOUT_VERSION", "model_fingerprint", "segment_key"]
+__all__ = ["LAYOUT_VERSION", "model_fingerprint", "segment_key", "stored_parts"]
 
 # Raised whenever the meaning of stored bytes changes; older segments are then never found.
 LAYOUT_VERSION = 1
@@ -69,6 +69,11 @@ def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     return _digest(parts)
 
 
+def stored_parts(hidden_layer: int | None) -> str:
+    """Name, for `segment_key`, what a segment keeps: K and V, or hidden states of a layer too."""
+    return "kv" if hidden_layer is None else f"kv+hidden@{hidden_layer}"
+
+
 def segment_key(
     *,
     fingerprint: str,
@@ -93,7 +98,7 @@ def segment_key(
     token_ids : sequence of int
         The segment's own tokens.
     stored : str
-        What is kept for it.
+        What is kept for it, as `stored_parts` names it.
     """
     return _digest(
         [

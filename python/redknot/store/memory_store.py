@@ -57,6 +57,15 @@ class MemoryStore:
             self._segments[segment.key] = segment
             self._evicted.discard(segment.key)
 
+    def replace(self, key: str, segment: Segment) -> None:
+        """Put `segment`, which has taken over the pages of the segment `key`, in its place."""
+        with self._lock:
+            if self._segments[key].handle != segment.handle:
+                raise ValueError(f"MemoryStore.replace: segment {key[:12]} has pages of its own")
+            del self._segments[key]
+            self._segments[segment.key] = segment
+            self._evicted.discard(segment.key)
+
     def was_evicted(self, key: str) -> bool:
         """Whether a segment of this key was here and had to go."""
         return key in self._evicted

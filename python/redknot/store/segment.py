@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 __all__ = ["Segment"]
 
@@ -23,6 +25,11 @@ class Segment:
         Its own tokens; the prefix it was computed behind is not among them.
     offline_flops, offline_seconds : float
         What computing it cost.
+    hidden : Tensor, optional
+        Hidden states [num_tokens, hidden_dim] of its tokens at the input of layer `hidden_layer`,
+        in the model's dtype, on its device and outside the page pool.
+    hidden_layer : int, optional
+        Which layer's; None without hidden states. Declared in the key (`stored_parts`).
     """
 
     key: str
@@ -31,3 +38,5 @@ class Segment:
     num_tokens: int
     offline_flops: float
     offline_seconds: float
+    hidden: Tensor | None = field(default=None, repr=False, compare=False)
+    hidden_layer: int | None = None
