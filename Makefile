@@ -14,7 +14,7 @@ JOBS ?= $(shell nproc)
 
 NATIVE := $(shell find CMakeLists.txt cmake include csrc -type f)
 CPP := $(shell find csrc include tests -type f \
-         \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+         \( -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
 .PHONY: help demo test test-cpp test-python test-transformers lint format build cuda-check wheel clean
 .DEFAULT_GOAL := help

@@ -21,7 +21,7 @@ CPP_ROOMS = {  # room: the folders whose headers it may include
     "csrc/cuda": ["include/redknot", "csrc/memory", "csrc/cuda"],
     "csrc/torch": ["include/redknot", "csrc/memory", "csrc/cpu", "csrc/cuda", "csrc/torch"],
 }
-CPP_SUFFIXES = {".h", ".cpp", ".cu", ".cuh"}
+CPP_SUFFIXES = {".h", ".hpp", ".cpp", ".cu", ".cuh"}
 SOURCE_FOLDERS = ["python", "csrc", "include", "tests", "tools", "benchmarks", "examples", "cmake"]
 HARD_LIMIT_LINES = 800
 
@@ -136,3 +136,23 @@ def test_the_version_stands_in_pyproject_alone() -> None:
 
 def test_setup_py_stays_small() -> None:
     assert (ROOT / "setup.py").read_text().count("\n") < 100
+
+
+def test_ptx_and_shared_memory_stand_only_behind_their_wrappers() -> None:
+    """Elsewhere the executor could not run them: it has no PTX, and no static shared memory."""
+    pattern = re.compile(r"\basm\b|__shared__")
+    wrong = []
+    for path in files_in("csrc/cuda"):
+        if path.parent.name == "ptx":
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if pattern.search(line.split("//")[0]):
+                wrong.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not wrong
+
+
+def test_every_ptx_wrapper_has_a_twin_on_the_host() -> None:
+    for path in files_in("csrc/cuda/ptx"):
+        text = path.read_text()
+        functions = len(re.findall(r"__device__ __forceinline__", text))
+        assert text.count("#ifdef RK_SIMT") == max(1, functions), path.name

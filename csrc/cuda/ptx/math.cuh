@@ -1,0 +1,45 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/ptx/simt.cuh"
+
+namespace redknot::gpu::ptx {
+
+// 2^x to about 2 ulp; tiny results are 0, and 2^-inf is 0.
+__device__ __forceinline__ float exp2(float x) {
+#ifdef RK_SIMT
+  return std::exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// Two elements in one register, `low` in the low half, rounded to nearest.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+#ifdef RK_SIMT
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << 16;
+  } else {
+    return __float2half_rn(low).bits | uint32_t{__float2half_rn(high).bits} << 16;
+  }
+#else
+  uint32_t packed;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+#endif
+}
+
+}  // namespace redknot::gpu::ptx

@@ -1,0 +1,102 @@
+#pragma once
+
+// The executor's state while a launch runs; the functions of simt.hpp act on the one Machine.
+#include <csetjmp>
+#include <exception>
+#include <map>
+#include <random>
+
+#include "fiber.hpp"
+#include "simt.hpp"
+
+namespace simt {
+
+struct PendingCopy {
+  char* destination;
+  const char* source;
+  int bytes;
+  int source_bytes;
+  uint64_t group;
+};
+
+struct Fiber {
+  enum class State { kReady, kWaiting, kDone };
+
+  Context context;
+  State state = State::kReady;
+  uint3 thread;
+  unsigned warp = 0;
+  unsigned lane = 0;
+  const char* waits_in = nullptr;  // what it waits in, and where
+  Where waits_at;
+  uint64_t open_group = 0;  // copies issued now belong to this group
+  std::vector<PendingCopy> copies;
+  void* tsan = nullptr;
+};
+
+// A rendezvous that not all lanes of its mask have reached.
+struct Meeting {
+  const char* operation;
+  Where where;
+  uint32_t mask;
+  uint32_t arrived = 0;
+  void* arguments[32] = {};
+  Complete complete = nullptr;
+};
+
+struct Warp {
+  uint32_t ready = 0;
+  uint32_t done = 0;
+  uint32_t lanes = 0;
+  std::vector<Meeting> meetings;
+};
+
+class Machine {
+ public:
+  static Machine& get();
+
+  void run(const Launch& launch, const std::function<void()>& kernel);
+  bool running() const { return current_ != nullptr; }
+  Fiber& current() { return *current_; }
+
+  void meet(const char* operation, uint32_t mask, void* argument, Complete, const Where&);
+  void barrier(const Where& where);
+  void yield();
+  void check_smem(const void* address, size_t num_bytes, size_t alignment, const Where&) const;
+  unsigned char* smem() { return smem_.data() + smem_.size() - smem_bytes_; }
+  // "block (0, 0, 0), thread (3, 0, 0): " for the start of a message.
+  std::string here() const;
+  [[noreturn]] void fault(void* address);
+
+  std::map<const char*, Region*> regions;  // by begin
+
+ private:
+  void run_block();
+  void prepare_fibers();
+  Fiber* pick();
+  Fiber& lane_of(unsigned warp, uint32_t ready);
+  void wait(const char* operation, const Where& where);
+  void make_ready(unsigned warp, uint32_t mask);
+  [[noreturn]] void report_deadlock() const;
+  static void fiber_main();
+
+  const std::function<void()>* kernel_ = nullptr;
+  Schedule schedule_;
+  std::mt19937_64 random_;
+  std::vector<Fiber> fibers_;
+  std::vector<Warp> warps_;
+  std::vector<unsigned char> smem_;
+  size_t smem_bytes_ = 0;
+  Context scheduler_;
+  Fiber* current_ = nullptr;
+  unsigned last_warp_ = 0;
+  size_t num_done_ = 0;
+  size_t num_at_barrier_ = 0;
+  Where barrier_at_;
+  std::exception_ptr error_;
+  sigjmp_buf fault_exit_;
+  std::string fault_;
+  void* tsan_scheduler_ = nullptr;
+};
+
+}  // namespace simt
