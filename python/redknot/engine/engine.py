@@ -18,6 +18,7 @@ from redknot.engine.prompt import PromptFormat, TextOrIds
 from redknot.engine.results import Explanation, Generation, Prefill
 from redknot.engine.runner import Runner
 from redknot.engine.sampling import Sampling
+from redknot.engine.shared import start_shared
 from redknot.errors import InputError
 from redknot.heads import HeadMap
 from redknot.models import Decoder, load_model, load_tokenizer
@@ -253,6 +254,54 @@ class Engine:
                 on_text(*event)
         return results if is_batch else results[0]
 
+    def generate_shared(
+        self,
+        documents: Sequence[str],
+        questions: Sequence[TextOrIds],
+        *,
+        max_new_tokens: int = 64,
+        policy: Policy | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[Generation]:
+        """Answer several questions over the same documents, greedily, each on its own.
+
+        The documents are recovered once, together with the tokens that questions have in common at
+        their beginning (at least one); each question continues from a fork of that session. Where a
+        policy chooses rows by the query, the common tokens are the query.
+
+        Parameters
+        ----------
+        documents : list of ids
+            Ids from `add`, in the order of the prompt.
+        questions : sequence of str or token ids
+            One result comes back for each, in this order.
+
+        Returns
+        -------
+        list of Generation
+            `ttft_seconds`, `ledger` and `kv_bytes` are those of the shared prefill.
+        """
+        ids = [self.format.question_ids(question) for question in questions]
+        with self._lock:
+            loop = self._loop(max_new_tokens, stop)
+            try:
+                numbers = start_shared(
+                    self._admission,
+                    self._runner,
+                    loop,
+                    documents,
+                    ids,
+                    policy or self.policy,
+                    max_new_tokens=max_new_tokens,
+                    make_room=lambda missing: self.documents.make_room((), missing, "a question"),
+                )
+                for _ in loop.run():
+                    pass
+                results = loop.results()
+                return [results[number] for number in numbers]
+            finally:
+                loop.release()
+
     def stream(
         self,
         documents: Sequence[str],
@@ -294,17 +343,8 @@ class Engine:
         stop: Sequence[str],
     ) -> Iterator[tuple[int, str] | list[Generation]]:
         """Pieces of text as (request, text); the results come last."""
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}")
-        stop = [stop] if isinstance(stop, str) else list(stop)
         with self._lock:
-            loop = GenerationLoop(
-                self._runner,
-                self.tokenizer,
-                max_new_tokens=max_new_tokens,
-                stop=stop,
-                make_room=lambda missing: self.documents.make_room((), missing, "a decode step"),
-            )
+            loop = self._loop(max_new_tokens, stop)
             try:
                 for number, (documents, question) in enumerate(requests):
                     admitted = self._admission.admit(
@@ -320,6 +360,17 @@ class Engine:
                 yield loop.results()
             finally:
                 loop.release()
+
+    def _loop(self, max_new_tokens: int, stop: Sequence[str]) -> GenerationLoop:
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}")
+        return GenerationLoop(
+            self._runner,
+            self.tokenizer,
+            max_new_tokens=max_new_tokens,
+            stop=[stop] if isinstance(stop, str) else list(stop),
+            make_room=lambda missing: self.documents.make_room((), missing, "a decode step"),
+        )
 
 
 def _requests(documents: Any, question: Any) -> tuple[list[tuple[Sequence[str], TextOrIds]], bool]:

@@ -97,6 +97,7 @@ class GenerationLoop:
                 ledger=request.prefill.ledger,
                 kv_bytes=request.prefill.kv_bytes,
                 explanation=request.prefill.explanation,
+                first_logits=request.prefill.logits,
             )
             for request, stream in zip(self._requests, self._streams, strict=True)
         ]

@@ -141,6 +141,8 @@ class Generation:
         FLOPs of the prefill.
     kv_bytes : int
         Bytes of the pages that the session references after prefill.
+    first_logits : Tensor
+        [vocab_size], of which the first token was chosen.
     """
 
     text: str
@@ -152,6 +154,7 @@ class Generation:
     ledger: Ledger
     kv_bytes: int
     explanation: Explanation
+    first_logits: Tensor
 
     def explain(self) -> Explanation:
         """What was reused, recomputed or missed, and why."""

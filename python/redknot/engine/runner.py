@@ -242,14 +242,24 @@ class Runner:
         indices[place] = index
         return indices[:num_rows], keep.sum(dtype=torch.int32).reshape(1)
 
-    @torch.inference_mode()
     def decode(
         self, sessions: Sequence[int], token_ids: Tensor, rules: Sequence[HeadRules]
     ) -> Tensor:
-        """One token for each session: logits [num_sessions, vocab_size].
+        """One token for each session: logits [num_sessions, vocab_size]; see `extend`."""
+        return self.extend(sessions, token_ids, [1] * len(sessions), rules)
 
-        `token_ids` [num_sessions] are appended to the sessions; pages that leave the windows of
-        local heads are free before the new tokens take theirs.
+    @torch.inference_mode()
+    def extend(
+        self,
+        sessions: Sequence[int],
+        token_ids: Tensor,
+        num_tokens: Sequence[int],
+        rules: Sequence[HeadRules],
+    ) -> Tensor:
+        """Append tokens to sessions: logits [num_sessions, vocab_size] of the last of each.
+
+        `token_ids` [sum(num_tokens)] lie one session behind the other; pages that leave the
+        windows of local heads are free before the new tokens take theirs.
 
         Raises
         ------
@@ -257,17 +267,23 @@ class Runner:
             When the pool cannot hold the new tokens; nothing was changed.
         """
         decoder, allocator = self.decoder, self.pool.allocator
-        sessions = list(sessions)
-        positions = self._tensor(np.array([allocator.session_length(s) for s in sessions]))
-        copies = allocator.append_tokens(sessions, [1] * len(sessions), expire_first=True)
+        sessions, counts = list(sessions), np.asarray(num_tokens)
+        ends = np.cumsum(counts)
+        # Row i of session s is token i - begin[s] behind what the session holds.
+        lengths = np.array([allocator.session_length(s) for s in sessions])
+        positions = self._tensor(np.repeat(lengths - (ends - counts), counts) + np.arange(ends[-1]))
+        copies = allocator.append_tokens(sessions, counts, expire_first=True)
         self.pool.copy(copies)
-        cu_seqlens_q = torch.arange(len(sessions) + 1, dtype=torch.int32, device=decoder.device)
+        cu_seqlens_q = self._tensor(np.concatenate([[0], ends]))
         hidden = decoder.embed(token_ids)
         for layer in range(decoder.shape.num_layers):
             normed = decoder.attention_norm(layer, hidden)
             k, v = decoder.key_value(layer, normed, positions)
-            slots = np.concatenate([allocator.tail_slots(s, layer, 1) for s in sessions])
-            self.pool.write(k, v, slots)
+            slots = [
+                allocator.tail_slots(s, layer, int(n))
+                for s, n in zip(sessions, counts, strict=True)
+            ]
+            self.pool.write(k, v, np.concatenate(slots))
             out = self.pool.attend(
                 decoder.query(layer, normed, positions),
                 sessions,
@@ -281,7 +297,7 @@ class Runner:
             )
             hidden = decoder.add_attention(layer, hidden, out)
             hidden = decoder.add_ffn(layer, hidden)
-        return decoder.logits(hidden)
+        return decoder.logits(hidden[self._tensor(ends - 1, torch.int64)])
 
 
 class _ForcedRows:
