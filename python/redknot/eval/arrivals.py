@@ -75,12 +75,12 @@ def _build_vocabulary() -> tuple[str, ...]:
 VOCABULARY = _build_vocabulary()
 TOKEN_IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
-# How filler prefers its words: most sentences obey these, some do not (see _filler_sentence).
+# How filler prefers its words: most sentences obey these, some do not (see filler_sentence).
 _NOUN_OF_ADJECTIVE = (5, 12, 0, 9, 3, 15, 7, 10, 1, 14, 6, 2, 11, 4, 13, 8)
 _VERB_OF_NOUN = (3, 0, 6, 1, 7, 4, 2, 5, 5, 2, 7, 0, 1, 6, 3, 4)
-_FILLER_TOKENS = 8
+FILLER_TOKENS = 8
 _OBEDIENCE = 0.9
-_HEADER_TOKENS = 4
+HEADER_TOKENS = 4
 _MIN_DOCUMENT_TOKENS = 12
 
 
@@ -265,7 +265,8 @@ def _layout(context_tokens: int) -> tuple[int, int, int]:
     return 40, 72, 14
 
 
-def _pick(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+def pick(rng: np.random.Generator, words: tuple[str, ...]) -> str:
+    """Draw one of `words`."""
     return words[int(rng.integers(len(words)))]
 
 
@@ -284,7 +285,7 @@ def _draw_documents(
         length = min(int(rng.integers(shortest, longest)), room)
         if room - length < _MIN_DOCUMENT_TOKENS:
             length = room
-        num_facts = min(max(1, (length - _HEADER_TOKENS) // tokens_per_fact), len(names))
+        num_facts = min(max(1, (length - HEADER_TOKENS) // tokens_per_fact), len(names))
         new = [
             _draw_fact(rng, names.pop(), len(documents), targets, relative_share)
             for _ in range(num_facts)
@@ -292,13 +293,13 @@ def _draw_documents(
         facts += new
         targets = targets + [fact for fact in new if fact.target is None]
         sentences = [fact.sentence for fact in new]
-        left = length - _HEADER_TOKENS - sum(len(sentence) for sentence in sentences)
-        for _ in range(left // _FILLER_TOKENS):
-            sentences.append(_filler_sentence(rng))
-        lines = [f"{_pick(rng, DOCUMENT_KINDS)} from {_pick(rng, PLACES)} :"]
+        left = length - HEADER_TOKENS - sum(len(sentence) for sentence in sentences)
+        for _ in range(left // FILLER_TOKENS):
+            sentences.append(filler_sentence(rng))
+        lines = [f"{pick(rng, DOCUMENT_KINDS)} from {pick(rng, PLACES)} :"]
         lines += [" ".join(sentences[i]) for i in rng.permutation(len(sentences))]
         documents.append("\n".join(lines) + "\n")
-        num_tokens += _HEADER_TOKENS + sum(len(sentence) for sentence in sentences)
+        num_tokens += HEADER_TOKENS + sum(len(sentence) for sentence in sentences)
     return tuple(documents), facts
 
 
@@ -312,17 +313,17 @@ def _draw_fact(
     if targets and rng.random() < relative_share:
         target = targets[int(rng.integers(len(targets)))]
         step = int(rng.integers(len(OFFSETS)))
-        pointing = (name, _pick(rng, FOLLOW_VERBS), target.name, OFFSETS[step], ".")
+        pointing = (name, pick(rng, FOLLOW_VERBS), target.name, OFFSETS[step], ".")
         return _Fact(name, (target.hour + step + 1) % 24, document, target, pointing)
     hour = int(rng.integers(24))
-    stating = (name, _pick(rng, ARRIVAL_VERBS), HOURS[hour], ".")
+    stating = (name, pick(rng, ARRIVAL_VERBS), HOURS[hour], ".")
     return _Fact(name, hour, document, None, stating)
 
 
-def _filler_sentence(rng: np.random.Generator) -> tuple[str, ...]:
+def filler_sentence(rng: np.random.Generator) -> tuple[str, ...]:
     """Draw eight tokens of filler: half predictable, so that the model has something to learn."""
     if rng.random() < 0.3:
-        first, second = _pick(rng, NOUNS), _pick(rng, NOUNS)
+        first, second = pick(rng, NOUNS), pick(rng, NOUNS)
         return (first, "and", second, ",", first, "and", second, ".")
     one, two = int(rng.integers(16)), int(rng.integers(16))
     noun = _NOUN_OF_ADJECTIVE[one] if rng.random() < _OBEDIENCE else int(rng.integers(16))
@@ -343,6 +344,6 @@ def _draw_questions(
     while len(questions) < num_questions and (direct or relative):
         pile = relative if relative and (not direct or rng.random() < 0.6) else direct
         fact = pile.pop()
-        text = _pick(rng, QUESTION_FORMS).format(fact.name)
+        text = pick(rng, QUESTION_FORMS).format(fact.name)
         questions.append(Question(text, HOURS[fact.hour], fact.kind, fact.documents))
     return tuple(questions)
