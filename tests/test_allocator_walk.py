@@ -152,6 +152,7 @@ class AllocatorWalk(RuleBasedStateMachine):
             "session_global_pages": len(global_pages - in_segments),
             "session_local_pages": len(owners.keys() - in_segments - global_pages),
             "shared_pages": sum(len(who) > 1 for who in owners.values()),
+            "swapped_pages": 0,
             "num_segments": len(self.segments),
             "num_sessions": len(self.sessions),
             "bytes_per_page": 2 * self.page_size * self.pages.itemsize,

@@ -36,6 +36,32 @@ struct Session {
   std::vector<Row> rows;  // [num_layers * num_kv_heads], layer-major
   int64_t length = 0;     // logical tokens
   uint64_t last_batch = 0;
+  int64_t num_absent = 0;  // references whose page is swapped out
+};
+
+// A reference to swapped contents: its page is the slot, told from a page by its sign.
+constexpr int32_t absent_page(int32_t slot) { return -1 - slot; }
+constexpr int32_t slot_of(int32_t page) { return -1 - page; }
+constexpr bool is_absent(const PageRef& ref) { return ref.page < 0; }
+
+// Numbers for contents outside the pool, each with as many holders as the page had.
+struct SlotCounts {
+  std::vector<int32_t> holders;
+  std::vector<int32_t> free;
+
+  int32_t take(int32_t num_holders) {
+    if (free.empty()) {
+      free.push_back(static_cast<int32_t>(holders.size()));
+      holders.push_back(0);
+    }
+    const int32_t slot = free.back();
+    free.pop_back();
+    holders[slot] = num_holders;
+    return slot;
+  }
+  void release(int32_t slot) {
+    if (--holders[slot] == 0) free.push_back(slot);
+  }
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -56,11 +82,25 @@ struct SegmentAllocator::Impl {
   memory::Segment& find_segment(const char* caller, SegmentId id) {
     return find(caller, "segment", segments, id);
   }
+  // A session whose pages are all in the pool.
   memory::Session& find_session(const char* caller, SessionId id) {
+    memory::Session& session = find_any_session(caller, id);
+    memory::require(session.num_absent == 0, caller, ": session ", id, " is swapped out");
+    return session;
+  }
+  memory::Session& find_any_session(const char* caller, SessionId id) {
     return find(caller, "session", sessions, id);
   }
   // Points `batch` at the sessions; one that is given twice is an error.
-  void find_batch(const char* caller, const std::vector<SessionId>& ids);
+  void find_batch(const char* caller, const std::vector<SessionId>& ids, bool swapped_too = false);
+  void require_rules(const char* caller, const std::vector<HeadRule>& rules) const;
+  // Leaves in `tally` how often the sessions of `batch` hold each page, and zeroes it again.
+  void tally_batch();
+  void clear_tally();
+  // How many appended tokens the row's last page may take. Only where it ends at the session's end
+  // (a window of one token can have expired up to there), holds keys without a rotation offset and
+  // belongs to no segment; whether another session shares it does not matter here.
+  int64_t room_in_tail(const memory::Row& row, int64_t length) const;
   void require_layer(const char* caller, int64_t layer) const {
     memory::require(layer >= 0 && layer < config.num_layers,
                     caller,
@@ -80,9 +120,10 @@ struct SegmentAllocator::Impl {
   };
   PageCount count_pages(const memory::Session& session);
 
-  const AllocatorConfig config;
+  AllocatorConfig config;  // num_pages grows, all else stays
   std::mutex mutex;
   memory::PagePool pool;
+  memory::SlotCounts slots;
   std::vector<uint8_t> in_segment;  // [num_pages], whether a segment holds the page
   std::unordered_map<SegmentId, memory::Segment> segments;
   std::unordered_map<SessionId, memory::Session> sessions;

@@ -15,28 +15,20 @@ using memory::Row;
 using memory::Segment;
 using memory::Session;
 
-namespace {
-
-// How many appended tokens the row's last page may take. Only where it ends at the session's end
-// (a window of one token can have expired up to there), holds keys without a rotation offset and
-// belongs to no segment; whether another session shares it does not matter here.
-int64_t room_in_tail(const Row& row,
-                     int64_t length,
-                     const std::vector<uint8_t>& in_segment,
-                     int64_t page_size) {
+int64_t SegmentAllocator::Impl::room_in_tail(const Row& row, int64_t length) const {
   if (row.size() == 0) return 0;
   const PageRef& tail = row.back();
   if (tail.rotation_offset != 0 || end_position(tail) != length || in_segment[tail.page]) return 0;
-  return page_size - tail.num_valid;
+  return config.page_size - tail.num_valid;
 }
 
-}  // namespace
-
-void SegmentAllocator::Impl::find_batch(const char* caller, const std::vector<SessionId>& ids) {
+void SegmentAllocator::Impl::find_batch(const char* caller,
+                                        const std::vector<SessionId>& ids,
+                                        bool swapped_too) {
   ++num_batches;
   batch.clear();
   for (const SessionId id : ids) {
-    Session& session = find_session(caller, id);
+    Session& session = swapped_too ? find_any_session(caller, id) : find_session(caller, id);
     require(session.last_batch != num_batches, caller, ": session ", id, " is given twice");
     session.last_batch = num_batches;
     batch.push_back(&session);
@@ -103,7 +95,7 @@ AllocResult SegmentAllocator::append_tokens(const std::vector<SessionId>& sessio
   // Tokens that go to the last page, when it survives the expiry.
   const auto fill_tail = [&](const Row& row, int64_t length, int64_t wanted) {
     if (row.tail_expires(num_expired(row, length))) return int64_t{0};
-    return std::min(wanted, room_in_tail(row, length, impl.in_segment, page_size));
+    return std::min(wanted, impl.room_in_tail(row, length));
   };
 
   // Everybody's expiry is weighed first: a page of two forks is free once both have let go.

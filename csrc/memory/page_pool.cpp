@@ -17,6 +17,16 @@ bool PagePool::release(int32_t page) {
   return true;
 }
 
+void PagePool::grow(int32_t num_pages, std::function<void(int32_t page)> poison) {
+  const int32_t num_old = this->num_pages();
+  free_.reserve(num_pages);
+  ref_counts_.resize(num_pages, 0);
+  std::vector<int32_t> added(num_pages - num_old);
+  for (int32_t i = 0; i < num_pages - num_old; ++i) added[i] = num_pages - 1 - i;
+  free_.insert(free_.begin(), added.begin(), added.end());
+  poison_ = std::move(poison);
+}
+
 void PageExchange::drop(int32_t page) {
   pool_.dropped_.push_back(page);
   if (--pool_.ref_counts_[page] > 0) return;

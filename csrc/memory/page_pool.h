@@ -28,6 +28,8 @@ class PagePool {
   void retain(int32_t page) noexcept { ++ref_counts_[page]; }
   // Returns whether the page became free.
   bool release(int32_t page);
+  // More pages, used after those that are free already.
+  void grow(int32_t num_pages, std::function<void(int32_t page)> poison);
 
  private:
   friend class PageExchange;

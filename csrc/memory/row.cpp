@@ -53,6 +53,20 @@ bool Row::can_truncate(int64_t length, int64_t new_length) const {
   return std::max(gap_begin, first_seen) >= std::min(gap_end, new_length);
 }
 
+bool Row::can_follow(const HeadRule& rule, int64_t length) const {
+  const std::span<const PageRef> all = refs();
+  const int64_t gap_begin = num_pinned_ == 0 ? 0 : end_position(all[num_pinned_ - 1]);
+  const int64_t gap_end = num_pinned_ == all.size() ? length : all[num_pinned_].first_position;
+  if (gap_begin >= gap_end) return true;
+  return rule.window >= 0 && rule.sink <= gap_begin && length - rule.window + 1 >= gap_end;
+}
+
+void Row::follow(const HeadRule& rule) noexcept {
+  rule_ = rule;
+  num_pinned_ = 0;
+  for (const PageRef& ref : refs()) num_pinned_ += ref.first_position < rule.sink;
+}
+
 void Row::find_slots(std::span<const int64_t> positions,
                      int64_t page_size,
                      int64_t* slots,

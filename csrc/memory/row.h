@@ -53,6 +53,12 @@ class Row {
   // stands at `length` >= new_length.
   bool can_truncate(int64_t length, int64_t new_length) const;
 
+  const HeadRule& rule() const { return rule_; }
+  // Whether the row holds everything that `rule` shows to the query at position `length`.
+  bool can_follow(const HeadRule& rule, int64_t length) const;
+  // Needs can_follow; expired() must be dropped right after it, so that only the middle misses.
+  void follow(const HeadRule& rule) noexcept;
+
   // The slot (page * page_size + index in the page) of each position, -1 where the row does not
   // hold it. Positions rise; the results go to slots[0], slots[stride], ...
   void find_slots(std::span<const int64_t> positions,

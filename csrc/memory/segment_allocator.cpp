@@ -116,33 +116,10 @@ std::vector<int64_t> SegmentAllocator::segment_slots(SegmentId segment, int64_t 
 // --- sessions -----------------------------------------------------------------------------------
 
 SessionId SegmentAllocator::create_session(const std::vector<HeadRule>& rules) {
-  const int64_t num_rows = impl_->num_rows();
-  require(static_cast<int64_t>(rules.size()) == num_rows,
-          "create_session: rules must be [num_layers * num_kv_heads] = [",
-          num_rows,
-          "], got [",
-          rules.size(),
-          "]");
+  impl_->require_rules("create_session", rules);
   Session made;
   made.rows.reserve(rules.size());
-  for (size_t row = 0; row < rules.size(); ++row) {
-    const int64_t layer = static_cast<int64_t>(row) / impl_->config.num_kv_heads;
-    const int64_t head = static_cast<int64_t>(row) % impl_->config.num_kv_heads;
-    require(rules[row].window != 0,
-            "create_session: window must be >= 1 (it counts the token itself) or negative (a "
-            "global head), got 0 in layer ",
-            layer,
-            ", head ",
-            head);
-    require(rules[row].sink >= 0,
-            "create_session: sink must be >= 0, got ",
-            rules[row].sink,
-            " in layer ",
-            layer,
-            ", head ",
-            head);
-    made.rows.emplace_back(rules[row]);
-  }
+  for (const HeadRule& rule : rules) made.rows.emplace_back(rule);
   const std::lock_guard lock(impl_->mutex);
   impl_->sessions.emplace(impl_->next_id, std::move(made));
   return impl_->next_id++;
@@ -150,8 +127,14 @@ SessionId SegmentAllocator::create_session(const std::vector<HeadRule>& rules) {
 
 void SegmentAllocator::release_session(SessionId session) {
   const std::lock_guard lock(impl_->mutex);
-  for (const Row& row : impl_->find_session("release_session", session).rows) {
-    for (const PageRef& ref : row.refs()) impl_->pool.release(ref.page);
+  for (const Row& row : impl_->find_any_session("release_session", session).rows) {
+    for (const PageRef& ref : row.refs()) {
+      if (memory::is_absent(ref)) {
+        impl_->slots.release(memory::slot_of(ref.page));
+      } else {
+        impl_->pool.release(ref.page);
+      }
+    }
   }
   impl_->sessions.erase(session);
 }
@@ -168,7 +151,7 @@ SessionId SegmentAllocator::fork_session(SessionId session) {
 
 int64_t SegmentAllocator::session_length(SessionId session) const {
   const std::lock_guard lock(impl_->mutex);
-  return impl_->find_session("session_length", session).length;
+  return impl_->find_any_session("session_length", session).length;
 }
 
 int64_t SegmentAllocator::expire(SessionId session) {

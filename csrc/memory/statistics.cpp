@@ -16,23 +16,25 @@ int64_t SegmentAllocator::free_pages() const {
 
 int64_t SegmentAllocator::session_pages(SessionId session) const {
   const std::lock_guard lock(impl_->mutex);
-  return impl_->count_pages(impl_->find_session("session_pages", session)).held;
+  return impl_->count_pages(impl_->find_any_session("session_pages", session)).held;
 }
 
 int64_t SegmentAllocator::session_private_pages(SessionId session) const {
   const std::lock_guard lock(impl_->mutex);
-  return impl_->count_pages(impl_->find_session("session_private_pages", session)).held_alone;
+  return impl_->count_pages(impl_->find_any_session("session_private_pages", session)).held_alone;
 }
 
 // A session can hold a page twice: a segment that it appended at two places.
 SegmentAllocator::Impl::PageCount SegmentAllocator::Impl::count_pages(const Session& session) {
   for (const Row& row : session.rows) {
-    for (const PageRef& ref : row.refs()) ++tally[ref.page];
+    for (const PageRef& ref : row.refs()) {
+      if (!memory::is_absent(ref)) ++tally[ref.page];
+    }
   }
   PageCount count;
   for (const Row& row : session.rows) {
     for (const PageRef& ref : row.refs()) {
-      if (tally[ref.page] == 0) continue;
+      if (memory::is_absent(ref) || tally[ref.page] == 0) continue;
       ++count.held;
       if (tally[ref.page] == pool.ref_count(ref.page)) ++count.held_alone;
       tally[ref.page] = 0;
@@ -53,6 +55,7 @@ AllocatorStats SegmentAllocator::stats() const {
   for (const auto& [id, session] : impl.sessions) {
     for (const Row& row : session.rows) {
       for (const PageRef& ref : row.refs()) {
+        if (memory::is_absent(ref)) continue;
         Use& use = uses[ref.page];
         if (use.last_session != id) ++use.num_owners;
         use.last_session = id;
@@ -70,6 +73,7 @@ AllocatorStats SegmentAllocator::stats() const {
     }
     if (uses[page].num_owners + in_segment > 1) ++stats.shared_pages;
   }
+  stats.swapped_pages = static_cast<int64_t>(impl.slots.holders.size() - impl.slots.free.size());
   stats.num_pages = impl.config.num_pages;
   stats.num_free_pages = impl.pool.num_free();
   stats.num_segments = static_cast<int64_t>(impl.segments.size());

@@ -110,11 +110,12 @@ struct StorageRegion {
 };
 using RegionTuple = std::tuple<uintptr_t, int64_t, int64_t>;
 
-std::vector<StorageRegion> checked_regions(const std::vector<RegionTuple>& given) {
+std::vector<StorageRegion> checked_regions(const std::vector<RegionTuple>& given,
+                                           const std::string& caller) {
   std::vector<StorageRegion> regions;
   for (const auto& [base, stride_bytes, page_bytes] : given) {
     if (base == 0 || page_bytes < 1 || stride_bytes < page_bytes) {
-      refuse("SegmentAllocator: storage",
+      refuse(caller + ": storage",
              "(pointer, page_stride_bytes, page_bytes) with 1 <= page_bytes <= page_stride_bytes",
              "(" + std::to_string(base) + ", " + std::to_string(stride_bytes) + ", " +
                  std::to_string(page_bytes) + ")");
@@ -125,10 +126,12 @@ std::vector<StorageRegion> checked_regions(const std::vector<RegionTuple>& given
 }
 
 // All bits set is NaN in fp32, bf16 and fp16: a page read after it was freed cannot go unnoticed.
-std::function<void(int32_t)> poison_hook(std::vector<StorageRegion> regions, bool poison) {
+std::function<void(int32_t)> poison_hook(std::vector<StorageRegion> regions,
+                                         bool poison,
+                                         const std::string& caller) {
   if (!poison) return nullptr;
   if (regions.empty()) {
-    throw py::value_error("SegmentAllocator: poison=True needs host storage to fill, got none");
+    throw py::value_error(caller + ": poison=True needs host storage to fill, got none");
   }
   return [regions = std::move(regions)](int32_t page) {
     for (const StorageRegion& region : regions) {
@@ -161,7 +164,8 @@ class Allocator {
                .num_pages = num_pages,
                .page_size = page_size,
                .bytes_per_page = bytes_per_page,
-               .poison = poison_hook(checked_regions(storage), poisons_)}) {}
+               .poison = poison_hook(
+                   checked_regions(storage, "SegmentAllocator"), poisons_, "SegmentAllocator")}) {}
 
   SegmentAllocator& core() { return core_; }
   bool poisons() const { return poisons_; }
@@ -179,13 +183,52 @@ class Allocator {
   }
 
   SessionId create_session(const py::object& windows, const py::object& sinks) {
-    const std::vector<int32_t> window = head_matrix<int32_t>(windows, "create_session: windows");
-    const std::vector<int32_t> sink = head_matrix<int32_t>(sinks, "create_session: sinks");
-    std::vector<HeadRule> rules(window.size());
-    for (size_t row = 0; row < rules.size(); ++row) {
-      rules[row] = {.window = window[row], .sink = sink[row]};
-    }
+    const std::vector<HeadRule> rules = head_rules(windows, sinks, "create_session");
     return unlocked([&] { return core_.create_session(rules); });
+  }
+
+  int64_t change_rules(SessionId session, const py::object& windows, const py::object& sinks) {
+    const std::vector<HeadRule> rules = head_rules(windows, sinks, "change_rules");
+    int64_t num_freed = 0;
+    const int64_t row = unlocked([&] { return core_.change_rules(session, rules, &num_freed); });
+    if (row >= 0) {
+      throw py::value_error("change_rules: layer " + std::to_string(row / num_kv_heads_) +
+                            ", head " + std::to_string(row % num_kv_heads_) +
+                            " has expired tokens that window " + std::to_string(rules[row].window) +
+                            ", sink " + std::to_string(rules[row].sink) + " would see");
+    }
+    return num_freed;
+  }
+
+  int64_t growth_pages(const py::object& sessions, const py::object& num_tokens) {
+    const auto ids = integer_list(sessions, "growth_pages: sessions");
+    const auto counts = integer_list(num_tokens, "growth_pages: num_tokens");
+    return unlocked([&] { return core_.growth_pages(ids, counts); });
+  }
+
+  py::array exclusive_pages(const py::object& sessions) {
+    const auto ids = integer_list(sessions, "exclusive_pages: sessions");
+    return index_list(unlocked([&] { return core_.exclusive_pages(ids); }));
+  }
+
+  py::array swap_out(const py::object& sessions, const py::object& pages) {
+    const auto ids = integer_list(sessions, "swap_out: sessions");
+    const auto given = integers<int32_t>(pages, "swap_out: pages", "a list of integers", {-1});
+    return index_list(unlocked([&] { return core_.swap_out(ids, given); }));
+  }
+
+  py::array swap_in(SessionId session) {
+    std::vector<SlotMove> moves;
+    const AllocResult result = unlocked([&] { return core_.swap_in(session, &moves); });
+    raise_unless_ok(result, "swap_in");
+    static_assert(sizeof(SlotMove) == 2 * sizeof(int32_t));
+    const auto count = static_cast<py::ssize_t>(moves.size());
+    return to_numpy<int32_t>(std::move(moves), {count, 2});
+  }
+
+  void grow(int32_t num_pages, const std::vector<RegionTuple>& storage) {
+    auto poison = poison_hook(checked_regions(storage, "grow"), poisons_, "grow");
+    unlocked([&] { core_.grow(num_pages, std::move(poison)); });
   }
 
   py::array append_tokens(const py::object& sessions,
@@ -240,6 +283,7 @@ class Allocator {
                     py::arg("session_global_pages") = stats.session_global_pages,
                     py::arg("session_local_pages") = stats.session_local_pages,
                     py::arg("shared_pages") = stats.shared_pages,
+                    py::arg("swapped_pages") = stats.swapped_pages,
                     py::arg("num_segments") = stats.num_segments,
                     py::arg("num_sessions") = stats.num_sessions,
                     py::arg("bytes_per_page") = stats.bytes_per_page);
@@ -253,6 +297,23 @@ class Allocator {
                        "integers [num_layers, num_kv_heads] = [" + std::to_string(num_layers_) +
                            ", " + std::to_string(num_kv_heads_) + "]",
                        {num_layers_, num_kv_heads_});
+  }
+
+  std::vector<HeadRule> head_rules(const py::object& windows,
+                                   const py::object& sinks,
+                                   const std::string& caller) const {
+    const std::vector<int32_t> window = head_matrix<int32_t>(windows, caller + ": windows");
+    const std::vector<int32_t> sink = head_matrix<int32_t>(sinks, caller + ": sinks");
+    std::vector<HeadRule> rules(window.size());
+    for (size_t row = 0; row < rules.size(); ++row) {
+      rules[row] = {.window = window[row], .sink = sink[row]};
+    }
+    return rules;
+  }
+
+  py::array index_list(std::vector<int32_t>&& values) const {
+    const auto count = static_cast<py::ssize_t>(values.size());
+    return to_numpy<int32_t>(std::move(values), {count});
   }
 
   py::array per_head(std::vector<int64_t>&& slots) const {
@@ -338,6 +399,12 @@ PYBIND11_MODULE(_memory, module) {
            arg("positions"))
       .def("expire", direct(&SegmentAllocator::expire), arg("session"))
       .def("truncate", direct(&SegmentAllocator::truncate), arg("session"), arg("length"))
+      .def("change_rules", &Allocator::change_rules, arg("session"), arg("windows"), arg("sinks"))
+      .def("growth_pages", &Allocator::growth_pages, arg("sessions"), arg("num_tokens"))
+      .def("exclusive_pages", &Allocator::exclusive_pages, arg("sessions"))
+      .def("swap_out", &Allocator::swap_out, arg("sessions"), arg("pages"))
+      .def("swap_in", &Allocator::swap_in, arg("session"))
+      .def("grow", &Allocator::grow, arg("num_pages"), arg("storage") = std::vector<RegionTuple>())
       .def("rows", &Allocator::rows, arg("sessions"), arg("layer"))
       .def("session_pages", direct(&SegmentAllocator::session_pages), arg("session"))
       .def(

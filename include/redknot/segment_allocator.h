@@ -56,6 +56,12 @@ struct PageCopy {
   int32_t destination;
 };
 
+// Contents that came back: what the caller kept under `slot` belongs into `page`.
+struct SlotMove {
+  int32_t slot;
+  int32_t page;
+};
+
 // Rows of one layer for a batch of sessions, in the order of the ops: row = session * heads + head.
 struct RowTable {
   std::vector<int32_t> row_indptr;  // [num_sessions * num_kv_heads + 1]
@@ -70,6 +76,7 @@ struct AllocatorStats {
   int64_t session_global_pages = 0;  // held by sessions alone, in a row of a global head
   int64_t session_local_pages = 0;   // held by sessions alone, in rows of local heads
   int64_t shared_pages = 0;          // of those: held by more than one owner (segment, session)
+  int64_t swapped_pages = 0;  // outside the pool: contents that sessions left with the caller
   int64_t num_segments = 0;
   int64_t num_sessions = 0;
   int64_t bytes_per_page = 0;
@@ -145,7 +152,33 @@ class SegmentAllocator {
   // hold everything the shorter session would see; else nothing changes and false is returned.
   bool truncate(SessionId session, int64_t length);
 
+  // Gives every row another rule. Rows drop what the new rules no longer see, as expire() does, and
+  // *num_freed tells how many pages became free. Where a row no longer holds what its new rule
+  // would see, nothing changes and the first such row's index is returned; else -1.
+  int64_t change_rules(SessionId session, const std::vector<HeadRule>& rules, int64_t* num_freed);
+
+  // --- out of the pool and back -----------------------------------------------------------------
+  // Preemption. The pages that nobody but these sessions holds, rising: what swap_out would free.
+  std::vector<int32_t> exclusive_pages(const std::vector<SessionId>& sessions) const;
+  // Frees exactly these pages (from exclusive_pages; the caller has copied their contents out
+  // first) and returns a slot number for each, under which the caller keeps the contents; small
+  // numbers, used again once their sessions are gone. Until swap_in a session with swapped pages
+  // can only be released, swapped and asked for its length and its pages.
+  std::vector<int32_t> swap_out(const std::vector<SessionId>& sessions,
+                                const std::vector<int32_t>& pages);
+  // Takes a page for each slot of the session, or none. `moves` (cleared first) tells which slot's
+  // contents the caller must write to which page; these slots are free then. Forks that were
+  // swapped out together share the pages again.
+  AllocResult swap_in(SessionId session, std::vector<SlotMove>* moves);
+
+  // Adds pages behind the present ones; the storage behind `poison` must hold them already.
+  void grow(int32_t num_pages, std::function<void(int32_t page)> poison);
+
   // --- reading ----------------------------------------------------------------------------------
+  // Upper bound of the pages that decoding num_tokens[i] more tokens in sessions[i] can ever hold
+  // beyond those held now; a local row holds no more of them than its window.
+  int64_t growth_pages(const std::vector<SessionId>& sessions,
+                       const std::vector<int64_t>& num_tokens) const;
   RowTable rows(const std::vector<SessionId>& sessions, int64_t layer) const;
   int64_t session_pages(SessionId session) const;          // distinct pages, shared ones too
   int64_t session_private_pages(SessionId session) const;  // pages nobody else holds

@@ -38,6 +38,7 @@ class AllocatorStats(TypedDict):
     session_global_pages: int  # held by sessions alone, in a row of a global head
     session_local_pages: int  # held by sessions alone, in rows of local heads
     shared_pages: int  # of those: held by more than one owner (segment or session)
+    swapped_pages: int  # not in the pool: contents that `swap_out` left with the caller
     num_segments: int
     num_sessions: int
     bytes_per_page: int
@@ -227,6 +228,74 @@ class SegmentAllocator:
         bool
             False when a local head has already expired what the shorter session would see;
             nothing has changed then.
+        """
+
+    def change_rules(self, session: int, windows: ArrayLike, sinks: ArrayLike) -> int:
+        """Give every row another window and sink, and drop what it no longer sees, for good.
+
+        Parameters
+        ----------
+        session : int
+        windows, sinks : integers [num_layers, num_kv_heads]
+            As `create_session` takes them.
+
+        Returns
+        -------
+        int
+            How many pages became free.
+
+        Raises
+        ------
+        ValueError
+            Also where a row has expired tokens that its new rule would see; nothing has changed.
+        """
+
+    def growth_pages(self, sessions: ArrayLike, num_tokens: ArrayLike) -> int:
+        """Count the pages that decoding `num_tokens` more in each session can come to hold.
+
+        An upper bound, beyond the pages held now; nothing is taken.
+        """
+
+    def exclusive_pages(self, sessions: ArrayLike) -> _Int32:
+        """Pages [n] that nobody but these sessions holds, rising: what `swap_out` can free."""
+
+    def swap_out(self, sessions: ArrayLike, pages: ArrayLike) -> _Int32:
+        """Free pages of some sessions; their contents are with the caller from now on.
+
+        A session with swapped pages can only be released, swapped, and asked for its length and
+        pages, until `swap_in`.
+
+        Parameters
+        ----------
+        sessions : integers [num_sessions]
+        pages : integers [n]
+            Of `exclusive_pages(sessions)`, rising. The caller has copied them out before.
+
+        Returns
+        -------
+        ndarray of int32 [n]
+            A slot number for each page; small ones, used again once nobody needs them.
+        """
+
+    def swap_in(self, session: int) -> _Int32:
+        """Take a page for each swapped one of a session; forks swapped with it share it again.
+
+        Returns
+        -------
+        ndarray of int32 [n, 2]
+            (slot, page): whose contents to write where. The slots are free.
+
+        Raises
+        ------
+        OutOfPages
+        """
+
+    def grow(
+        self, num_pages: int, storage: Sequence[tuple[int, int, int]] = ...
+    ) -> None:
+        """Have `num_pages` pages from now on, at least as many as before; none moves.
+
+        `storage` is where all of them lie, as for the constructor.
         """
 
     def rows(self, sessions: ArrayLike, layer: int) -> tuple[_Int32, _Int32]:
