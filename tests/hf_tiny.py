@@ -90,7 +90,7 @@ def assert_close(ours, reference, tolerance=1e-4):
 
 
 def _reference_attention(module, query, key, value, mask, scaling, **_):
-    windows, sinks = _RULES[id(module.config)]
+    windows, sinks, since = _RULES[id(module.config)]
     batch, num_q_heads, length = query.shape[:3]
     assert key.shape[2] == length, "the reference runs without a cache"
     group = num_q_heads // key.shape[1]
@@ -99,7 +99,7 @@ def _reference_attention(module, query, key, value, mask, scaling, **_):
     i, j = position[:, None, :, None], position[:, None, None, :]
     window = torch.tensor(windows[module.layer_idx]).repeat_interleave(group)[None, :, None, None]
     sink = torch.tensor(sinks[module.layer_idx]).repeat_interleave(group)[None, :, None, None]
-    visible = (j <= i) & ((window < 0) | (j < sink) | (j > i - window))
+    visible = (j <= i) & ((window < 0) | (j < sink) | (j > i - window) | (i < since))
     visible = visible & is_token[:, None, None, :] & is_token[:, None, :, None]
     key, value = (x.repeat_interleave(group, dim=1).float() for x in (key, value))
     scores = query.float() @ key.transpose(2, 3) * scaling
@@ -112,13 +112,16 @@ _RULES = {}
 
 
 @contextmanager
-def reference_rules(model, windows, sinks):
-    """Let a model run without cache under windows and sinks [num_layers][num_kv_heads]."""
+def reference_rules(model, windows, sinks, since=0):
+    """Let a model run without cache under windows and sinks [num_layers][num_kv_heads].
+
+    Queries before position `since` see everything.
+    """
     AttentionInterface.register("dense_reference", _reference_attention)
     AttentionMaskInterface.register(
         "dense_reference", lambda *_, attention_mask=None, **__: attention_mask
     )
-    _RULES[id(model.config)] = (windows, sinks)
+    _RULES[id(model.config)] = (windows, sinks, since)
     before = model.config._attn_implementation
     model.set_attn_implementation("dense_reference")
     try:

@@ -79,7 +79,9 @@ class Session:
         for row in self.rows.values():
             row.forgotten |= {p for p in row.tokens if not row.sees(p, self.length)}
 
-    def change_rules(self, windows: Sequence[Sequence[int]], sinks: Sequence[Sequence[int]]) -> None:
+    def change_rules(
+        self, windows: Sequence[Sequence[int]], sinks: Sequence[Sequence[int]]
+    ) -> None:
         for (layer, head), row in self.rows.items():
             row.window, row.sink = windows[layer][head], sinks[layer][head]
         self.expire()

@@ -290,9 +290,7 @@ class SegmentAllocator:
         OutOfPages
         """
 
-    def grow(
-        self, num_pages: int, storage: Sequence[tuple[int, int, int]] = ...
-    ) -> None:
+    def grow(self, num_pages: int, storage: Sequence[tuple[int, int, int]] = ...) -> None:
         """Have `num_pages` pages from now on, at least as many as before; none moves.
 
         `storage` is where all of them lie, as for the constructor.

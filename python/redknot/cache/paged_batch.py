@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redknot import _memory
-from redknot.cache.migrate import migrate_sessions
 from redknot.cache.pool import KVPool
 from redknot.cache.pool_options import PoolOptions
-from redknot.errors import BudgetError, InputError
+from redknot.errors import BudgetError, HeadMapError, InputError
 
 __all__ = ["PagedBatch"]
 
@@ -188,10 +187,9 @@ class PagedBatch:
         except _memory.OutOfPages as error:
             if not self._owns_pool or self.options.fixed_pages(k.shape[-1], k.dtype) is not None:
                 raise self._out_of_pages(pool, error) from None
-            # Migrated sessions share no pages, so each counts in full.
-            held = sum(pool.allocator.session_pages(session) for session in self.sessions)
-            num_pages = max(held + error.pages_needed, 2 * pool.allocator.stats()["num_pages"])
-            pool = self._grow(num_pages)
+            num_pages = len(pool.k_cache)
+            missing = error.pages_needed - error.pages_free
+            pool.grow(max(num_pages + missing, 2 * num_pages))
             copies = self._append_tokens(pool, num_tokens)
         pool.copy(copies)
 
@@ -264,16 +262,6 @@ class PagedBatch:
             (for_all_rows(windows), for_all_rows(sinks))
             for windows, sinks in zip(self.windows, self.sinks, strict=True)
         ]
-
-    def _grow(self, num_pages: int) -> KVPool:
-        """Move everything to a larger pool (page contents are copied once)."""
-        old = self.pool
-        assert old is not None
-        pool = self.options.make_pool(self.windows.shape, old.k_cache, num_pages)
-        sessions = migrate_sessions(old, pool, self.sessions, self.windows, self.sinks)
-        _release(old, self.sessions)
-        self._adopt(pool, sessions)
-        return pool
 
     def _out_of_pages(self, pool: KVPool, error: _memory.OutOfPages) -> BudgetError:
         stats = pool.allocator.stats()
@@ -354,6 +342,41 @@ class PagedBatch:
             self._adopt(self.pool, trials)
         self._appended, self._step = new_length, None
         self._seen = [new_length] * len(self._seen)
+
+    def compress(self, windows: NDArray[np.int32], sinks: NDArray[np.int32]) -> int:
+        """Follow other rules from now on, in every row or none; returns how many pages this freed.
+
+        Raises
+        ------
+        HeadMapError
+            Where a row has dropped tokens that its new rule would see; nothing has changed then.
+        InputError
+            In the middle of a forward pass.
+        """
+        if self.num_slots() != self._appended:
+            raise InputError("the cache cannot be compressed in the middle of a forward pass")
+        free = 0
+        if self.pool is not None:
+            allocator = self.pool.allocator
+            free = allocator.free_pages()
+            # Tried on forks first, which cost no page: all rows are compressed or none.
+            trials = [allocator.fork_session(session) for session in self.sessions]
+            try:
+                for trial in trials:
+                    allocator.change_rules(trial, windows, sinks)
+            except ValueError as error:
+                _release(self.pool, trials)
+                what = str(error).removeprefix("change_rules: ")
+                raise HeadMapError(
+                    f"{what}; what a head has dropped is gone: prefill again under the wider map"
+                ) from None
+            _release(self.pool, self.sessions)
+            self.windows, self.sinks = windows, sinks
+            self._adopt(self.pool, trials)
+            free = allocator.free_pages() - free
+        self.windows, self.sinks = windows, sinks
+        self._step = None
+        return free
 
     def pages_per_class(self) -> dict[str, int]:
         """Count the distinct pages that the batch holds, in rows of global and of local heads."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from redknot import _memory, ops
+from redknot.cache.swap import SwapSpace
 
 __all__ = ["KVPool", "bytes_per_page"]
 
@@ -55,22 +56,74 @@ class KVPool:
             (num_pages, page_size, head_dim), dtype=dtype, device=self.device
         )
         self.v_cache = torch.empty_like(self.k_cache)
-        storage = []
-        if self.device.type == "cpu":
-            page_bytes = page_size * head_dim * dtype.itemsize
-            storage = [(t.data_ptr(), page_bytes, page_bytes) for t in (self.k_cache, self.v_cache)]
+        self._swap = SwapSpace(self.k_cache)
         self.allocator = _memory.SegmentAllocator(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             num_pages=num_pages,
             page_size=page_size,
             bytes_per_page=self.page_bytes,
-            storage=storage,
+            storage=self._storage(),
             poison=poison_freed_pages,
         )
         if self.allocator.poisons_freed_pages:  # pages that were never used must not be read either
             self.k_cache.fill_(torch.nan)
             self.v_cache.fill_(torch.nan)
+
+    def _storage(self) -> list[tuple[int, int, int]]:
+        """Where the pages lie, for an allocator that poisons them; nothing off the host."""
+        if self.device.type != "cpu":
+            return []
+        page_bytes = self.page_bytes // 2
+        return [(t.data_ptr(), page_bytes, page_bytes) for t in (self.k_cache, self.v_cache)]
+
+    def grow(self, num_pages: int) -> None:
+        """Have `num_pages` pages from now on; sessions and segments stay as they are.
+
+        The page tensors are replaced by larger ones, their contents copied once.
+        """
+        old = self.k_cache, self.v_cache
+        num_old = len(self.k_cache)
+        larger = [page.new_empty((num_pages, *page.shape[1:])) for page in old]
+        for new, present in zip(larger, old, strict=True):
+            new[:num_old] = present
+            if self.allocator.poisons_freed_pages:
+                new[num_old:] = torch.nan
+        self.k_cache, self.v_cache = larger
+        self.allocator.grow(num_pages, self._storage())
+
+    # --- preemption ------------------------------------------------------------------------------
+
+    def swap_out(self, sessions: Sequence[int]) -> int:
+        """Move the pages that only these sessions hold to host memory; returns how many.
+
+        What they share with others stays in the pool. The sessions cannot be read or written
+        until `swap_in`; a session that shares pages with another one to be moved should be given
+        in the same call.
+        """
+        pages = self.allocator.exclusive_pages(list(sessions))
+        if not len(pages):
+            return 0
+        index = self._index(pages)
+        contents = self.k_cache[index], self.v_cache[index]
+        self._swap.put(self.allocator.swap_out(list(sessions), pages), *contents)
+        return len(pages)
+
+    def swap_in(self, session: int) -> int:
+        """Bring a session's pages back, bit by bit the same; returns how many.
+
+        Raises
+        ------
+        redknot._memory.OutOfPages
+            When the pool cannot take them; nothing was changed.
+        """
+        moves = self.allocator.swap_in(session)
+        if len(moves):
+            index = self._index(moves[:, 1])
+            self.k_cache[index], self.v_cache[index] = self._swap.get(moves[:, 0], self.device)
+        if not self.allocator.stats()["swapped_pages"]:
+            self._swap.clear()
+        return len(moves)
 
     def _index(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -109,6 +109,28 @@ class HeadMap:
         return cls(classes, window=window, sink=sink)
 
     @classmethod
+    def prefix_compression(
+        cls,
+        num_layers: int,
+        num_kv_heads: int,
+        *,
+        layers: Sequence[int] | None = None,
+        window: int = 4096,
+        sink: int = 128,
+    ) -> HeadMap:
+        """Local heads in some layers, global ones in all others; no profile is needed.
+
+        `layers` are the compressed ones, by default the first half: with the default window and
+        sink this is the operating point published for RedKnot.
+        """
+        chosen = range(num_layers // 2) if layers is None else layers
+        for layer in chosen:
+            if not is_int(layer) or not 0 <= layer < num_layers:
+                raise HeadMapError(f"layer {layer!r} is not one of the model's {num_layers} layers")
+        kinds = ["local" if layer in chosen else "global" for layer in range(num_layers)]
+        return cls([[kind] * num_kv_heads for kind in kinds], window=window, sink=sink)
+
+    @classmethod
     def from_json(cls, path: str | Path) -> HeadMap:
         """Read a head map file; what is wrong with it is told with the file's name.
 

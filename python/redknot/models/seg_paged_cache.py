@@ -68,7 +68,8 @@ class SegPagedCache(Cache):
     ) -> None:
         family = family_of(config)
         heads.check_model(config.num_hidden_layers, config.num_key_value_heads)
-        windows, sinks = heads.rules(family.sliding_windows(config))
+        self._sliding_windows = family.sliding_windows(config)
+        windows, sinks = heads.rules(self._sliding_windows)
         options = PoolOptions(
             page_size=page_size,
             num_pages=num_pages,
@@ -83,7 +84,7 @@ class SegPagedCache(Cache):
 
     @property
     def pool(self) -> KVPool | None:
-        """The page pool; None before the first tokens, replaced when it grows."""
+        """The page pool; None before the first tokens."""
         return self._batch.pool
 
     @property
@@ -143,6 +144,33 @@ class SegPagedCache(Cache):
         self._batch.crop(-tokens_to_remove)
         if self._batch.keep_expired:
             self._batch.expire()
+
+    # --- compression ----------------------------------------------------------------------------
+
+    def compress(self, heads: HeadMap) -> int:
+        """Follow another head map from now on and free what it no longer sees, for good.
+
+        Parameters
+        ----------
+        heads : HeadMap
+            Such as `HeadMap.prefix_compression`. It holds for `reset` and what comes after it too.
+
+        Returns
+        -------
+        int
+            Bytes of the pages that became free.
+
+        Raises
+        ------
+        HeadMapError
+            When the map does not fit, or a head has already dropped tokens that it would see under
+            this map; nothing has changed then.
+        """
+        windows = self._batch.windows
+        heads.check_model(*windows.shape)
+        freed = self._batch.compress(*heads.rules(self._sliding_windows))
+        self.heads = heads
+        return freed * (self.pool.page_bytes if self.pool is not None else 0)
 
     # --- figures --------------------------------------------------------------------------------
 
