@@ -53,7 +53,7 @@ def test_what_was_dropped_is_never_given_back_in_silence(model):
     words = "layer 0, head 0 has expired tokens that window 30, sink 9 would see.*prefill again"
     with pytest.raises(HeadMapError, match=words):
         cache.compress(wider)
-    with pytest.raises(HeadMapError, match="layer 0, head 0 .* window -1"):
+    with pytest.raises(HeadMapError, match=r"layer 0, head 0 .* window -1"):
         cache.compress(EXACT)
     with pytest.raises(HeadMapError, match="the model has"):
         cache.compress(HeadMap.all_global(NUM_LAYERS, 4))
