@@ -87,7 +87,8 @@ def test_every_operator_is_covered() -> None:
         for s in torch._C._jit_get_all_schemas()
         if s.name.startswith("redknot")
     }
-    assert schemas - covered == {"merge_states", "_cpu_isa"}
+    tools = {"_cpu_isa", "_cpu_dot_roof", "_cpu_read_roof"}  # no tensors come out of them
+    assert schemas - covered == {"merge_states", *tools}
 
 
 def clones(args: tuple[object, ...]) -> list[object]:

@@ -45,4 +45,7 @@ STABLE_TORCH_LIBRARY(redknot, m) {
       "-> (Tensor out, Tensor lse)");
   // The instruction set of the CPU kernels: sets it unless empty, returns the one in use.
   m.def("_cpu_isa(str isa) -> str");
+  // Benchmarks measure with these what the machine can do.
+  m.def("_cpu_dot_roof(Tensor like, int num_rounds) -> int");
+  m.def("_cpu_read_roof(Tensor data) -> float");
 }

@@ -4,6 +4,7 @@
 #include "redknot/ffn.h"
 #include "redknot/pages.h"
 #include "redknot/parallel.h"
+#include "redknot/roofs.h"
 #include "redknot/rope.h"
 #include "redknot/select.h"
 
@@ -21,6 +22,8 @@ void select_tokens(const SelectTokensParams& params, const Executor& executor);
 void gather_norm(const GatherNormParams& params, const Executor& executor);
 void gated_silu(const GatedSiluParams& params, const Executor& executor);
 void scatter_add(const ScatterAddParams& params, const Executor& executor);
+int64_t dot_roof(const DotRoofParams& params, const Executor& executor);
+float read_roof(const ReadRoofParams& params, const Executor& executor);
 
 // The instruction set in use: "default", "avx2" or "avx512". Choosing one is for tests; false when
 // this machine lacks it or nobody knows it.

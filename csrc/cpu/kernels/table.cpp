@@ -1,6 +1,7 @@
 #include "../dispatch.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "roofs.h"
 
 namespace redknot::cpu::REDKNOT_ISA {
 
@@ -13,6 +14,8 @@ const Kernels kKernels = {
     .gather_norm = gather_norm,
     .gated_silu = gated_silu,
     .scatter_add = scatter_add,
+    .dot_roof = dot_roof,
+    .read_roof = read_roof,
 };
 
 }  // namespace redknot::cpu::REDKNOT_ISA

@@ -1,0 +1,63 @@
+// The roofs that kernels are measured against: the multiply-accumulate of mac.h on registers alone,
+// and reading memory with vectors of this instruction set.
+#include "roofs.h"
+
+#include "mac.h"
+
+namespace redknot::cpu::REDKNOT_ISA {
+namespace {
+
+// As many chains as hide the latency of a multiply-accumulate on two ports and fit in 16 registers.
+constexpr int kChains = 12;
+
+// The compiler must take `x` for something that others read and write.
+inline void keep(Vec& x) {
+#if defined(REDKNOT_ISA_AVX512)
+  asm volatile("" : "+v"(x));
+#elif defined(REDKNOT_ISA_AVX2)
+  asm volatile("" : "+x"(x));
+#else
+  asm volatile("" : "+m"(x));
+#endif
+}
+
+template <typename Mac>
+int64_t dots(int64_t num_rounds) {
+  Vec sums[kChains] = {};
+  Vec a = broadcast(0.0f);
+  Vec b = broadcast(0.0f);
+  for (int64_t round = 0; round < num_rounds; ++round) {
+    keep(a);
+    for (Vec& sum : sums) sum = Mac::mac(a, b, sum);
+  }
+  for (Vec& sum : sums) keep(sum);
+  return num_rounds * kChains * kLanes * Mac::kPerWord * 2;
+}
+
+}  // namespace
+
+int64_t dot_roof(int64_t num_rounds, DType dtype) {
+  return dispatch_dtype(dtype, [&](auto element) {
+    return dots<typename MacOf<decltype(element)>::Type>(num_rounds);
+  });
+}
+
+float read_roof(const void* data, int64_t num_bytes) {
+  constexpr int kStreams = 8;
+  constexpr int64_t kBlockFloats = kStreams * kLanes;
+  const auto* values = static_cast<const float*>(data);
+  const int64_t num_floats = num_bytes / static_cast<int64_t>(sizeof(float));
+  VecI sums[kStreams] = {};
+  for (int64_t i = 0; i + kBlockFloats <= num_floats; i += kBlockFloats) {
+    for (int stream = 0; stream < kStreams; ++stream) {
+      sums[stream] ^= (VecI)load(values + i + stream * kLanes);
+    }
+  }
+  VecI sum = {};
+  for (const VecI& part : sums) sum ^= part;
+  int32_t word = 0;
+  for (int lane = 0; lane < kLanes; ++lane) word ^= sum[lane];
+  return static_cast<float>(word);
+}
+
+}  // namespace redknot::cpu::REDKNOT_ISA

@@ -1,0 +1,126 @@
+"""SegPagedAttention of one layer: prefill and decode; global, local (sink + window) and mixed rows.
+
+Useful FLOPs and bytes are those of visible keys alone. Every peer that computes the same is
+compared with our output before it is timed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from redknot.eval.bench.attention_peers import Peer, peers_of
+from redknot.eval.bench.options import Options
+from redknot.eval.bench.paged_inputs import Case, Paged, build
+from redknot.eval.bench.roofs import Roofs
+from redknot.eval.bench.rows import Row, measure_row
+from redknot.eval.bench.timing import rotating
+from redknot.eval.bench.vllm_cpu import vllm_peers
+from redknot.recovery import ModelShape
+
+__all__ = ["cases", "run"]
+
+_HEADS = ("global", "local", "mixed")
+# K and V of one case; peers hold a copy each.
+_MAX_CASE_BYTES = 1 << 30
+_MIN_COSINE = 0.999
+
+_FULL = {"prefill": (1024, 4096, 8192, 16384), "decode": (1024, 8192, 32768, 65536)}
+_QUICK = {"prefill": (2048,), "decode": (8192,)}
+
+
+def run(options: Options, roofs: Roofs) -> list[Row]:
+    """Measure every case."""
+    return [_measure(name, case, options, roofs) for name, case in cases(options)]
+
+
+def cases(options: Options) -> list[tuple[str, Case]]:
+    """(shape's name, case); models whose attention has the same shape share one."""
+    named: dict[tuple[int, int, int], tuple[list[str], ModelShape]] = {}
+    default = ("Llama-3-8B",) if options.quick else (
+        "Mistral-7B", "Llama-3-8B", "Qwen3-32B", "Llama-3.3-70B")  # fmt: skip
+    for name, shape in options.shapes(*default).items():
+        key = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim)
+        named.setdefault(key, ([], shape))[0].append(name)
+    contexts = _QUICK if options.quick else _FULL
+    batches = options.batches or ((1,) if options.quick else (1, 8, 32))
+    found = []
+    for names, shape in named.values():
+        for kind in ("prefill", "decode"):
+            for context in options.contexts or contexts[kind]:
+                mixes = [(context,) * batch for batch in (batches if kind == "decode" else (1,))]
+                if kind == "decode" and 32 in batches:
+                    mixes.append(long_tailed(context))
+                for lengths in mixes:
+                    for heads in _HEADS:
+                        case = Case(shape, kind, heads, lengths)
+                        if case.num_bytes(options.torch_dtype.itemsize) <= _MAX_CASE_BYTES:
+                            found.append((", ".join(names), case))
+    return found
+
+
+def long_tailed(context: int) -> tuple[int, ...]:
+    """32 sequences: half of them a sixteenth of `context`, two of them all of it."""
+    counts = ((16, 16), (8, 8), (4, 4), (2, 2), (2, 1))  # how many, divisor
+    return tuple(max(context // d, 1) for n, d in counts for _ in range(n))
+
+
+def _shape_text(case: Case) -> str:
+    lengths = set(case.lengths)
+    longest = max(case.lengths)
+    size = f"{longest // 1024}K" if longest % 1024 == 0 else str(longest)
+    batch = f"{len(case.lengths)} x " if case.kind == "decode" else ""
+    tail = ", long tail" if len(lengths) > 1 else ""
+    shape = case.shape
+    return f"{shape.num_q_heads}/{shape.num_kv_heads}x{shape.head_dim} {batch}{size}{tail}"
+
+
+def _measure(name: str, case: Case, options: Options, roofs: Roofs) -> Row:
+    options.progress(f"{case.kind} {case.heads} {_shape_text(case)}: inputs")
+    inputs = build(case, options)
+    peers = peers_of(case, inputs, options) + vllm_peers(case, inputs, options)
+    if case.heads == "mixed":
+        everything = Case(case.shape, case.kind, "global", case.lengths)
+        peers.append(
+            Peer("redknot, all global", Paged.attend, build(everything, options), to_tokens=None)
+        )
+    for peer in peers:
+        _check(peer, inputs[0])
+    itemsize = options.torch_dtype.itemsize
+    dense = Case(case.shape, case.kind, "global", case.lengths)
+    return measure_row(
+        options,
+        roofs,
+        rotating(Paged.attend, inputs),
+        {peer.name: rotating(peer.work, peer.inputs) for peer in peers},
+        kind=case.kind,
+        heads=case.heads,
+        shape=_shape_text(case),
+        flops=case.flops,
+        num_bytes=case.num_bytes(itemsize),
+        details={
+            "model": name,
+            "lengths": sorted(set(case.lengths)),
+            "batch": len(case.lengths),
+            "window": case.window,
+            "sink": case.sink,
+            "page_size": case.page_size,
+            "global_rows": f"{int(case.global_heads.sum())}/{len(case.global_heads)}",
+            "inputs_rotated": len(inputs),
+            "all_global_bytes_ratio": dense.num_bytes(itemsize) / case.num_bytes(itemsize),
+            "all_global_flops_ratio": dense.flops / case.flops,
+        },
+    )
+
+
+def _check(peer: Peer, paged: Paged) -> None:
+    """Refuse to compare times of different results."""
+    if peer.to_tokens is None:
+        return
+    ours, theirs = (x.float().flatten() for x in
+                    (paged.attend(), peer.to_tokens(peer.work(peer.inputs[0]))))  # fmt: skip
+    cosine = float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0))
+    if not cosine > _MIN_COSINE:
+        raise RuntimeError(
+            f"{peer.name} and redknot differ (cosine {cosine:.5f}) on {paged.case.kind} "
+            f"{paged.case.heads} {_shape_text(paged.case)}"
+        )
