@@ -8,6 +8,8 @@ __all__ = [
     "InputError",
     "ModelError",
     "RedknotError",
+    "StoreDamagedError",
+    "StoreError",
     "UnknownDocumentError",
 ]
 
@@ -37,3 +39,11 @@ class UnknownDocumentError(RedknotError, KeyError):
 
 class BudgetError(RedknotError, MemoryError):
     """The KV budget cannot hold the request; nothing was changed."""
+
+
+class StoreError(RedknotError):
+    """A store that cannot be opened or used: not there, damaged, or of another format."""
+
+
+class StoreDamagedError(StoreError):
+    """A store whose files are not what was written."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 __all__ = ["LAYOUT_VERSION", "model_fingerprint", "segment_key", "stored_parts"]
 
@@ -58,6 +60,8 @@ def model_fingerprint(config: Mapping[str, Any], weights: Mapping[str, Tensor]) 
     weights : mapping of str to Tensor
         Names and weights, as `model.state_dict()` gives them.
     """
+    import torch
+
     described = {name: config.get(name) for name in _COMPUTED_FROM}
     parts = [json.dumps(described, sort_keys=True, default=str).encode()]
     for name in sorted(weights):
@@ -82,6 +86,7 @@ def segment_key(
     prefix_ids: Sequence[int] | np.ndarray,
     token_ids: Sequence[int] | np.ndarray,
     stored: str = "kv",
+    salt: str = "",
 ) -> str:
     """Key of one segment (hex SHA-256).
 
@@ -99,11 +104,14 @@ def segment_key(
         The segment's own tokens.
     stored : str
         What is kept for it, as `stored_parts` names it.
+    salt : str
+        A tenant's secret: who does not know it finds none of the tenant's segments.
     """
     return _digest(
         [
             fingerprint.encode(),
             f"{LAYOUT_VERSION} {dtype} {stored}".encode(),
+            salt.encode(),
             np.ascontiguousarray(inv_freq, dtype="<f4").tobytes(),
             np.asarray(prefix_ids, dtype="<i8").tobytes(),
             np.asarray(token_ids, dtype="<i8").tobytes(),

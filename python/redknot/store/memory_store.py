@@ -6,9 +6,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from redknot.cache import KVPool
 from redknot.store.segment import Segment
+
+if TYPE_CHECKING:
+    from redknot.cache import KVPool
 
 __all__ = ["MemoryStore", "StoreStats"]
 

@@ -1,0 +1,250 @@
+"""Items in an LMDB environment: the embedded default, shared by the processes of one machine.
+
+No writemap: a full disk is then an error of one transaction, not the end of the process. What a
+damaged file could do to a process that maps it (a signal) is found out by a process of its own,
+before the environment is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from redknot.errors import StoreDamagedError, StoreError
+from redknot.store.backend import ItemWrite, RangeRead, Status
+
+__all__ = ["LmdbBackend"]
+
+_T = TypeVar("_T")
+
+_FORMAT_KEY = b"redknot-store"
+_FORMAT = b"1"
+# Address space, not disk: the file grows as it is written.
+_MAP_BYTES = 1 << 40
+_CHECK_SECONDS = 60.0
+
+# Walks every key as any reader would, and tries the free list as a writer would. It must not import
+# redknot: it is started for every opening.
+_CHECK = """
+import lmdb, os, sys
+def refuse(reason):
+    print(reason, file=sys.stderr)
+    sys.exit(3)
+path, format_key, format = sys.argv[1], sys.argv[2].encode(), sys.argv[3].encode()
+try:
+    env = lmdb.open(path, create=False, readonly=True, map_size=0, max_readers=512)
+    info, stat = env.info(), env.stat()
+    needed = (info["last_pgno"] + 1) * stat["psize"]
+    size = os.stat(os.path.join(path, "data.mdb")).st_size
+    if size < needed:
+        sys.exit(f"data.mdb has {size} bytes, but its pages need {needed}: it was truncated")
+    with env.begin(buffers=True) as txn:
+        found = txn.get(format_key)
+        if found is None and stat["entries"]:
+            refuse("it is an LMDB environment of something else")
+        if found is not None and bytes(found) != format:
+            refuse(f"it has store format {bytes(found).decode(errors='replace')}, "
+                   f"this version reads format {format.decode()}")
+        count = 0
+        for key, value in txn.cursor():
+            count += 1
+            if bytes(key[:2]) == b"m/":
+                bytes(value)
+        if count != stat["entries"]:
+            sys.exit(f"it holds {count} entries instead of {stat['entries']}: it is damaged")
+except lmdb.Error as error:
+    sys.exit(f"it cannot be read: {error}")
+"""
+
+_open_lock = threading.Lock()
+_open: dict[str, tuple[Any, int]] = {}  # LMDB allows a file to be opened once per process
+
+
+def _lmdb() -> Any:
+    try:
+        import lmdb
+    except ImportError:
+        raise StoreError(
+            "lmdb: needs the package lmdb: pip install 'redknot[lmdb]'"
+        ) from None
+    return lmdb
+
+
+def _check(path: Path) -> None:
+    """Raise StoreError unless the environment can be walked without harm."""
+    command = [sys.executable, "-c", _CHECK, str(path), _FORMAT_KEY.decode(), _FORMAT.decode()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise StoreDamagedError(f"the store {path} could not be read in {_CHECK_SECONDS:.0f} s") from None
+    if done.returncode == 0:
+        return
+    reason = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else []
+    said = reason[0] if reason else f"reading it ends a process with signal {-done.returncode}"
+    if done.returncode == 3:
+        raise StoreError(f"the store {path} is not usable: {said}; choose another directory")
+    raise StoreDamagedError(
+        f"the store {path} is not usable: {said}; move the directory away to start an empty one"
+    )
+
+
+class LmdbBackend:
+    """`lmdb:///path`: one LMDB environment in a directory. See `StorageBackend`.
+
+    Parameters
+    ----------
+    path : Path
+        Directory on a local disk; made if need be.
+    map_bytes : int
+        Most bytes that the file may grow to.
+    create : bool
+        Whether a store that does not exist is made.
+
+    Raises
+    ------
+    StoreError
+        When the environment is damaged, of another format, or not a store.
+    """
+
+    name = "lmdb"
+    may_block = True
+
+    def __init__(self, path: Path, *, map_bytes: int = _MAP_BYTES, create: bool = True) -> None:
+        self._lmdb = _lmdb()
+        self._path = os.path.realpath(path)
+        exists = (Path(self._path) / "data.mdb").exists()
+        if not exists and not create:
+            raise StoreError(f"there is no store at {path}")
+        with _open_lock:
+            env, users = _open.get(self._path, (None, 0))
+            if env is None:
+                if exists:
+                    _check(Path(self._path))
+                env = self._open_env(path, map_bytes)
+            _open[self._path] = (env, users + 1)
+        self._env = env
+        self._closed = False
+
+    def _open_env(self, path: Path, map_bytes: int) -> Any:
+        try:
+            Path(self._path).mkdir(parents=True, exist_ok=True)
+            env = self._lmdb.open(
+                self._path, map_size=map_bytes, writemap=False, max_readers=512, max_spare_txns=8
+            )
+            env.reader_check()  # slots of readers that were killed
+            with env.begin(write=True) as txn:
+                if txn.get(_FORMAT_KEY) is None:
+                    txn.put(_FORMAT_KEY, _FORMAT)
+            return env
+        except (OSError, self._lmdb.Error) as error:
+            raise StoreError(f"the store {path} cannot be opened: {error}") from None
+
+    def _status(self, error: Exception) -> Status:
+        text = str(error).lower()
+        if isinstance(error, self._lmdb.MapFullError) or "no space" in text or "too large" in text:
+            return Status.FULL
+        damaged = (
+            self._lmdb.CorruptedError,
+            self._lmdb.PageNotFoundError,
+            self._lmdb.BadTxnError,
+            self._lmdb.PanicError,
+        )
+        return Status.CORRUPT if isinstance(error, damaged) else Status.ERROR
+
+    def _each(
+        self, items: Sequence[_T], read: Callable[[Any, _T], Any]
+    ) -> list[Any]:
+        """`read(txn, item)` for every item in one snapshot."""
+        try:
+            with self._env.begin(buffers=True) as txn:
+                return [read(txn, item) for item in items]
+        except (OSError, self._lmdb.Error) as error:
+            return [self._status(error)] * len(items)
+
+    def get(self, keys: Sequence[str], timeout: float) -> list[bytes | Status]:
+        """See `StorageBackend`."""
+
+        def read(txn: Any, key: str) -> bytes | Status:
+            value = txn.get(key.encode())
+            return Status.MISSING if value is None else bytes(value)
+
+        return self._each(keys, read)
+
+    def get_ranges(self, reads: Sequence[RangeRead], timeout: float) -> list[Status]:
+        """See `StorageBackend`."""
+
+        def read(txn: Any, wanted: RangeRead) -> Status:
+            value = txn.get(wanted.key.encode())
+            if value is None:
+                return Status.MISSING
+            if len(value) != wanted.size:
+                return Status.SHORT
+            source = np.frombuffer(value, dtype=np.uint8)
+            target = np.frombuffer(wanted.out, dtype=np.uint8)
+            at = 0
+            for offset, length in wanted.ranges:  # numpy lets other threads run meanwhile
+                target[at : at + length] = source[offset : offset + length]
+                at += length
+            return Status.OK
+
+        return self._each(reads, read)
+
+    def put(self, items: Sequence[ItemWrite], timeout: float) -> list[Status]:
+        """Store the items in one transaction: all of them or none."""
+        try:
+            with self._env.begin(write=True) as txn:
+                for item in items:
+                    txn.put(item.key.encode(), item.data)
+            return [Status.OK] * len(items)
+        except (OSError, self._lmdb.Error) as error:
+            return [self._status(error)] * len(items)
+
+    def remove(self, keys: Sequence[str], timeout: float) -> list[Status]:
+        """See `StorageBackend`."""
+        try:
+            with self._env.begin(write=True) as txn:
+                found = [txn.delete(key.encode()) for key in keys]
+            return [Status.OK if there else Status.MISSING for there in found]
+        except (OSError, self._lmdb.Error) as error:
+            return [self._status(error)] * len(keys)
+
+    def sizes(self, prefix: str, timeout: float) -> Mapping[str, int] | Status:
+        """See `StorageBackend`."""
+        found: dict[str, int] = {}
+        start = prefix.encode()
+        try:
+            with self._env.begin(buffers=True) as txn, txn.cursor() as cursor:
+                more = cursor.set_range(start)
+                while more and bytes(cursor.key()).startswith(start):
+                    found[bytes(cursor.key()).decode()] = len(cursor.value())
+                    more = cursor.next()
+        except (OSError, self._lmdb.Error) as error:
+            return self._status(error)
+        found.pop(_FORMAT_KEY.decode(), None)
+        return found
+
+    def used_bytes(self, timeout: float) -> int | Status:
+        """Bytes of the file: pages that are free for reuse are among them."""
+        try:
+            return (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+        except (OSError, self._lmdb.Error) as error:
+            return self._status(error)
+
+    def close(self) -> None:
+        """See `StorageBackend`."""
+        if self._closed:
+            return
+        self._closed = True
+        with _open_lock:
+            env, users = _open.pop(self._path)
+            if users > 1:
+                _open[self._path] = (env, users - 1)
+            else:
+                env.close()
