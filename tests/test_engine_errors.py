@@ -147,7 +147,7 @@ def test_models_that_are_refused(model):
         make_engine(type("Model", (), {"config": gpt})())
 
 
-@pytest.mark.parametrize("options", [{"page_size": 0}, {"page_size": 2.5}, {"store": "redis://x"}])
+@pytest.mark.parametrize("options", [{"page_size": 0}, {"page_size": 2.5}, {"store": "s3://x"}])
 def test_bad_engine_options(model, options):
     with pytest.raises(InputError, match=next(iter(options))):
         make_engine(model, **options)

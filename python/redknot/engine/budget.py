@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 
 from redknot.errors import BudgetError, InputError
+from redknot.store import parse_size
 
 __all__ = ["num_pages_of", "parse_bytes"]
-
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
-_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 
 # Share of the free memory that a pool takes when no budget is given; weights and work need room.
 _DEFAULT_SHARE = 0.25
@@ -22,10 +18,7 @@ def parse_bytes(budget: str | int | None) -> int:
     if budget is None:
         return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _DEFAULT_SHARE)
     if isinstance(budget, str):
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", budget)
-        if match is None or match.group(2) not in _UNITS:
-            raise InputError(f"kv_budget must be bytes or a text such as '8GiB', got {budget!r}")
-        return int(float(match.group(1)) * _UNITS[match.group(2)])
+        return parse_size(budget, "kv_budget")
     if budget <= 0:
         raise InputError(f"kv_budget must be positive, got {budget}")
     return int(budget)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from redknot._memory import OutOfPages
 from redknot.engine.runner import HeadRules, Runner, TokenSlots
+from redknot.engine.segment_tiers import Outline, SegmentTiers
 from redknot.errors import BudgetError, UnknownDocumentError
 from redknot.recovery import FlopCounter, Placement
-from redknot.store import MemoryStore, Segment, segment_key, stored_parts
+from redknot.store import MemoryStore, Missed, Segment, segment_key, stored_parts
+from redknot.store.layout import NeededTokens
 
 __all__ = ["DocumentCache", "Found"]
 
@@ -22,10 +26,13 @@ _ID_LENGTH = 16  # hex digits of the key that name a document to the user
 
 @dataclass(frozen=True)
 class Found:
-    """A segment, and whether (and why) it had to be computed for this request."""
+    """A segment, where it came from for this request, and why.
+
+    `source` is "cached" (it was in the page pool), "loaded" (from a tier below) or "computed".
+    """
 
     segment: Segment
-    computed: bool
+    source: Literal["cached", "loaded", "computed"]
     reason: str
 
 
@@ -37,27 +44,34 @@ class DocumentCache:
     runner : Runner
         Computes what is missing.
     store : MemoryStore
-        Holds the segments.
+        Holds the segments in the page pool.
+    tiers : SegmentTiers
+        Where else they may be found.
     fingerprint : str
         Of the model.
     prefix_ids : np.ndarray
         The prompt's prefix; may be empty.
     behind_prefix : bool
         Whether documents are computed behind the prefix, or alone from position 0.
+    salt : str
+        A tenant's; see `segment_key`.
     """
 
     def __init__(
         self,
         runner: Runner,
         store: MemoryStore,
+        tiers: SegmentTiers,
         *,
         fingerprint: str,
+        salt: str = "",
         prefix_ids: np.ndarray,
         behind_prefix: bool,
     ) -> None:
         self._runner = runner
         self.store = store
-        self._fingerprint = fingerprint
+        self.tiers = tiers
+        self._fingerprint, self._salt = fingerprint, salt
         self.prefix_ids = prefix_ids
         self._context_ids = prefix_ids if behind_prefix else prefix_ids[:0]
         self._token_ids: dict[str, np.ndarray] = {}
@@ -93,6 +107,14 @@ class DocumentCache:
         self.token_ids(document)
         return any(key in self.store for key in self._keys[document].values())
 
+    def is_stored(self, document: str, *, hidden_layer: int | None = None) -> bool:
+        """Whether the document's segment lies in the page pool or in a tier below."""
+        token_ids, layer = self.token_ids(document), self._choose_layer(document, hidden_layer)
+        key = self._keys[document][layer]
+        if key in self.store or not self.tiers.store:
+            return key in self.store
+        return self.tiers.contains(Outline(key, len(token_ids), len(self._context_ids), layer))
+
     def keys(self, documents: Collection[str]) -> set[str]:
         """Keys that a request over `documents` must keep: theirs and the prefix's."""
         keys = {key for document in documents for key in self._keys[document].values()}
@@ -101,6 +123,7 @@ class DocumentCache:
     def clear(self) -> None:
         """Forget every document and drop every segment, the prefix's included."""
         self.store.clear()
+        self.tiers.store.forget_prefetched()
         self._token_ids.clear()
         self._keys.clear()
 
@@ -119,8 +142,11 @@ class DocumentCache:
         progress: Callable[[], None] | None = None,
         *,
         hidden_layer: int | None = None,
+        needed: NeededTokens | None = None,
     ) -> Found:
-        """A document's segment, computed if need be; segments in `keep` are not evicted for it.
+        """A document's segment, loaded or computed if need be; those in `keep` are not evicted.
+
+        Of a segment in a tier only what is `needed` is read (None: all of it).
 
         With `hidden_layer` it has the hidden states at that layer's input; where the document is
         cached without them, they alone are computed, and its pages stay what they are.
@@ -131,15 +157,40 @@ class DocumentCache:
             When the pool cannot hold it; nothing was changed.
         """
         token_ids, keys = self.token_ids(document), self._keys[document]
-        if hidden_layer is None:  # any of them has K and V
-            hidden_layer = next((at for at, key in keys.items() if key in self.store), None)
-        elif hidden_layer not in keys:
-            keys[hidden_layer] = self._segment_key(self._context_ids, token_ids, hidden_layer)
+        hidden_layer = self._choose_layer(document, hidden_layer)
         key = keys[hidden_layer]
         others = [other for other in keys.values() if other != key and other in self.store]
         if key not in self.store and others:
-            return self._add_hidden(others[0], key, token_ids, hidden_layer, keep)
-        return self._find(key, self._context_ids, token_ids, keep, progress, hidden_layer)
+            found = self._add_hidden(others[0], key, token_ids, hidden_layer, keep)
+            if found is not None:
+                return found
+        return self._find(key, self._context_ids, token_ids, keep, progress, hidden_layer, needed)
+
+    def prefetch(
+        self,
+        document: str,
+        *,
+        hidden_layer: int | None = None,
+        needed: NeededTokens | None = None,
+    ) -> None:
+        """Begin to read on a thread what `find` would load for the same arguments."""
+        token_ids = self.token_ids(document)
+        if self.tiers.store and not self.is_cached(document):
+            hidden_layer = self._choose_layer(document, hidden_layer)
+            key = self._keys[document][hidden_layer]
+            outline = Outline(key, len(token_ids), len(self._context_ids), hidden_layer)
+            self.tiers.prefetch(outline, needed)
+
+    def _choose_layer(self, document: str, hidden_layer: int | None) -> int | None:
+        """Which of a document's segments serves; its key is known afterwards."""
+        keys = self._keys[document]
+        if hidden_layer is None:  # any of them has K and V
+            return next((at for at, key in keys.items() if key in self.store), None)
+        if hidden_layer not in keys:
+            keys[hidden_layer] = self._segment_key(
+                self._context_ids, self.token_ids(document), hidden_layer
+            )
+        return hidden_layer
 
     def _prefix_key(self) -> str:
         return self._segment_key(self.prefix_ids[:0], self.prefix_ids)
@@ -155,6 +206,7 @@ class DocumentCache:
             prefix_ids=context_ids,
             token_ids=token_ids,
             stored=stored_parts(hidden_layer),
+            salt=self._salt,
         )
 
     def _find(
@@ -165,23 +217,43 @@ class DocumentCache:
         keep: Collection[str],
         progress: Callable[[], None] | None = None,
         hidden_layer: int | None = None,
+        needed: NeededTokens | None = None,
     ) -> Found:
         segment = self.store.get(key)
         if segment is not None:
-            return Found(segment, computed=False, reason="found in memory")
+            where = self.tiers.complete(segment, needed)
+            if where == "":
+                return Found(segment, "cached", "found in memory")
+            if where is not None:
+                return Found(segment, "loaded", f"found in memory in part, {where}")
+            self._discard(segment)
         evicted = self.store.was_evicted(key)
-        segment = self._compute(
-            key,
-            self._context(context_ids, keep),
-            context_ids,
-            token_ids,
-            {*keep, self._prefix_key()},
-            progress,
-            hidden_layer,
-        )
+        outline = Outline(key, len(token_ids), len(context_ids), hidden_layer)
+        keep = {*keep, self._prefix_key()}
+        loaded = self.tiers.load(outline, needed, partial(self._take_pages, keep=keep))
+        if not isinstance(loaded, Missed):
+            self.store.put(loaded[0])
+            return Found(loaded[0], "loaded", loaded[1])
+        context = self._context(context_ids, keep)
+        segment = self._compute(key, context, context_ids, token_ids, keep, progress, hidden_layer)
         self.store.put(segment)
+        self.tiers.save(segment)
         reason = "evicted to make room, computed anew" if evicted else "first use, computed now"
-        return Found(segment, computed=True, reason=reason)
+        if loaded.reason:
+            reason += f" ({loaded.reason})"
+        return Found(segment, "computed", reason)
+
+    def _discard(self, segment: Segment) -> None:
+        self.store.discard(segment.key)
+        self.tiers.forget(segment)
+
+    def _take_pages(self, num_tokens: int, first_position: int, keep: Collection[str]) -> int:
+        """Pages for a new segment, others evicted for it; BudgetError where that is no help."""
+        while True:
+            try:
+                return self._runner.pool.allocator.create_segment(num_tokens, first_position)
+            except OutOfPages as missing:
+                self.make_room(keep, missing, f"a document of {num_tokens} tokens")
 
     def _context(self, context_ids: np.ndarray, keep: Collection[str]) -> Segment | None:
         """What documents are computed behind."""
@@ -191,7 +263,9 @@ class DocumentCache:
 
     def make_room(self, keep: Collection[str], missing: OutOfPages, what: str) -> None:
         """Evict one segment that the request does not need, or raise BudgetError."""
-        if self.store.evict_one(keep) is not None:
+        evicted = self.store.evict_one(keep)
+        if evicted is not None:
+            self.tiers.forget(evicted)
             return
         stats = self._runner.pool.allocator.stats()
         short = missing.pages_needed - missing.pages_free
@@ -209,10 +283,16 @@ class DocumentCache:
         token_ids: np.ndarray,
         hidden_layer: int | None,
         keep: Collection[str],
-    ) -> Found:
-        """Compute the hidden states of a cached document, over the K and V that it has."""
+    ) -> Found | None:
+        """Compute the hidden states of a cached document, over the K and V that it has.
+
+        None where K and V were read in part, and the rest cannot be read any more.
+        """
         old = self.store.get(old_key)
         assert old is not None and hidden_layer is not None
+        if self.tiers.complete(old, None) is None:
+            self._discard(old)
+            return None
         context = self._context(self._context_ids, keep)
         attached = [item.handle for item in (context, old) if item is not None]
         started = time.perf_counter()
@@ -228,8 +308,9 @@ class DocumentCache:
             offline_seconds=old.offline_seconds + time.perf_counter() - started,
         )
         self.store.replace(old_key, segment)
+        self.tiers.save(segment)
         reason = f"cached without hidden states of layer {hidden_layer}, they were computed now"
-        return Found(segment, computed=True, reason=reason)
+        return Found(segment, "computed", reason)
 
     def _compute(
         self,
@@ -244,12 +325,7 @@ class DocumentCache:
         """Dense prefill of a segment behind its context; K and V go straight to its pages."""
         started = time.perf_counter()
         allocator, first = self._runner.pool.allocator, len(context_ids)
-        while True:
-            try:
-                handle = allocator.create_segment(len(token_ids), first)
-                break
-            except OutOfPages as missing:
-                self.make_room(keep, missing, f"a document of {len(token_ids)} tokens")
+        handle = self._take_pages(len(token_ids), first, keep)
         attached = [handle] if context is None else [context.handle, handle]
         try:
             hidden, flops = self._encode(
@@ -263,13 +339,15 @@ class DocumentCache:
         except BaseException:
             allocator.release_segment(handle)
             raise
+        seconds = time.perf_counter() - started
+        self.tiers.computed(flops, seconds)
         return Segment(
             key=key,
             handle=handle,
             first_position=first,
             num_tokens=len(token_ids),
             offline_flops=flops,
-            offline_seconds=time.perf_counter() - started,
+            offline_seconds=seconds,
             hidden=hidden,
             hidden_layer=hidden_layer,
         )

@@ -18,6 +18,7 @@ from redknot.engine.prompt import PromptFormat, TextOrIds
 from redknot.engine.results import Explanation, Generation, Prefill
 from redknot.engine.runner import Runner
 from redknot.engine.sampling import Sampling
+from redknot.engine.segment_tiers import SegmentTiers
 from redknot.engine.shared import start_shared
 from redknot.errors import InputError
 from redknot.heads import HeadMap
@@ -26,7 +27,7 @@ from redknot.recovery import (
     Policy,
     RedKnot,
 )
-from redknot.store import MemoryStore, model_fingerprint
+from redknot.store import MemoryStore, TieredStore, model_fingerprint, open_tiers, parse_url
 
 if TYPE_CHECKING:
     from redknot._memory import AllocatorStats
@@ -52,8 +53,13 @@ class Engine:
         Default: the one saved beside the model, when text is first used.
     kv_budget : int or str, optional
         Bytes of the page pool ("8GiB"); default: a quarter of the free memory.
-    store : str
-        Where segments are kept: "mem:", the pool itself.
+    store : str or sequence of str
+        Where segments are kept besides the page pool, nearest first: "mem:?capacity=4GiB" (host
+        memory), "lmdb:///path" (this machine's processes), "redis://host:6379/0" (machines). Each
+        takes `?capacity=`, `policy=`, `ttl=` and `timeout=` (`redknot.store.parse_url`). "mem:"
+        alone: nowhere else.
+    salt : str
+        Segments are found only by engines with the same salt: one for each tenant of a store.
     page_size : int
         Token slots per page, of one KV head of one layer.
     chat : bool, optional
@@ -80,17 +86,16 @@ class Engine:
         prefix: TextOrIds | None = None,
         tokenizer: Any = None,
         kv_budget: int | str | None = None,
-        store: str = "mem:",
+        store: str | Sequence[str] = "mem:",
+        salt: str = "",
         page_size: int = 64,
         chat: bool | None = None,
         separator: str | None = None,
         behind_prefix: bool = True,
         poison_freed_pages: bool | None = None,
     ) -> None:
-        if store != "mem:":
-            raise InputError(
-                f"store must be 'mem:' (segments stay in the page pool), got {store!r}"
-            )
+        for url in [store] if isinstance(store, str) else store:
+            parse_url(url)
         if not isinstance(page_size, int) or page_size < 1:
             raise InputError(f"page_size must be a positive int, got {page_size!r}")
         if isinstance(model, (str, Path)):
@@ -126,10 +131,13 @@ class Engine:
             poison_freed_pages=poison_freed_pages,
         )
         self._runner = Runner(self.decoder, self.pool)
+        self.store = TieredStore(open_tiers(store))
         self.documents = DocumentCache(
             self._runner,
             MemoryStore(self.pool),
+            SegmentTiers(self._runner, self.store, fingerprint=fingerprint, heads=heads),
             fingerprint=fingerprint,
+            salt=salt,
             prefix_ids=self.format.prefix_ids,
             behind_prefix=behind_prefix,
         )
@@ -140,6 +148,8 @@ class Engine:
 
     def add(self, document: TextOrIds, *, progress: Callable[[], None] | None = None) -> str:
         """Compute and cache a document's K/V once; idempotent.
+
+        What a tier of the store has is not computed, and not read before a request needs it.
 
         Parameters
         ----------
@@ -166,10 +176,20 @@ class Engine:
         )
         with self._lock:
             document_id = self.documents.register(token_ids)
-            self.documents.find(
-                document_id, progress=progress, hidden_layer=self.policy.entry_layer(self.heads)
-            )
+            layer = self.policy.entry_layer(self.heads)
+            if not self.documents.is_stored(document_id, hidden_layer=layer):
+                self.documents.find(document_id, progress=progress, hidden_layer=layer)
             return document_id
+
+    def prefetch(self, documents: Sequence[str]) -> None:
+        """Begin to read documents from the store on threads; the next request finds them there.
+
+        Those that are in the page pool, or in no tier, are left as they are.
+        """
+        with self._lock:
+            layer = self.policy.entry_layer(self.heads)
+            for document in dict.fromkeys(documents):
+                self.documents.prefetch(document, hidden_layer=layer)
 
     def offline_seconds(self, documents: Sequence[str]) -> float:
         """Time that caching these documents took, each counted once; missing ones are computed."""
@@ -178,9 +198,23 @@ class Engine:
             return sum(segment.offline_seconds for segment in found)
 
     def clear(self) -> None:
-        """Forget every document and give back its pages."""
+        """Forget every document and give back its pages; the store's other tiers keep theirs."""
         with self._lock:
             self.documents.clear()
+
+    def flush(self, timeout: float = 60.0) -> bool:
+        """Wait until every document computed so far is written to the store; whether it is."""
+        return self.store.flush(timeout)
+
+    def close(self) -> None:
+        """Write what waits and close the store; at exit this happens by itself."""
+        self.store.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     # --- online ----------------------------------------------------------------------------------
 

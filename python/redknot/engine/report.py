@@ -44,7 +44,7 @@ def explain(
                 id=document,
                 begin=begin,
                 end=end,
-                source="computed" if item.computed else "cached",
+                source=item.source,
                 reason=f"{item.reason}; {_where(placement)}",
                 moved_by=placement.offset,
                 heads_reused=num_heads - refreshed,

@@ -21,8 +21,9 @@ class DocumentReport:
         As `Engine.add` returned it.
     begin, end : int
         Its true positions, half open.
-    source : {"cached", "computed", "not used"}
-        Whether its K/V were found, had to be computed for this request, or were not asked for.
+    source : {"cached", "loaded", "computed", "not used"}
+        Whether its K/V were in the page pool, came from another tier, had to be computed for this
+        request, or were not asked for.
     reason : str
         Why, in a sentence.
     moved_by : int

@@ -1,8 +1,8 @@
 """Where every page of a stored segment lies: regions by head class, each in objects of its own.
 
-A stored *page* is `page_size` tokens (fewer at the segment's end) of one KV head of one layer: their
-K rows, then their V rows. Pages are grouped into four regions, and a region into objects of whole
-layers, ordered by (layer, head, page):
+A stored *page* is `page_size` tokens (fewer at the segment's end) of one KV head of one layer:
+their K rows, then their V rows. Pages are grouped into four regions, and a region into objects of
+whole layers, ordered by (layer, head, page):
 
     global   every page of the heads that need the whole context
     sink     first pages of local heads
@@ -14,14 +14,13 @@ Any head map can be served from any layout; one like the writer's reads the long
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["REGIONS", "PageRun", "Regions", "SegmentLayout", "SegmentShape"]
+__all__ = ["REGIONS", "NeededTokens", "PageRun", "Regions", "SegmentLayout", "SegmentShape"]
 
 # Coldest first. The order is part of the format: a page's region is stored by its number.
 REGIONS = ("middle", "window", "sink", "global")
@@ -68,9 +67,9 @@ class SegmentShape:
 
 @dataclass(frozen=True)
 class Regions:
-    """Which pages of each head are its sink and its window: int matrices [num_layers, num_kv_heads].
+    """How many pages of each head are its sink and its window.
 
-    `first_pages` < 0 marks a global head.
+    Integer matrices [num_layers, num_kv_heads]; `first_pages` < 0 marks a global head.
     """
 
     first_pages: NDArray[np.int32]
@@ -101,6 +100,35 @@ class Regions:
         region = np.where(page >= num_pages - last, _WINDOW, _MIDDLE)
         region = np.where(page < first, _SINK, region)
         return np.where(first < 0, _GLOBAL, region).astype(np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class NeededTokens:
+    """Which tokens of each head a request reads.
+
+    Attributes
+    ----------
+    tokens : bool [num_groups, num_tokens]
+        Heads that need the same tokens share a group.
+    group : integers [num_layers, num_kv_heads]
+        Group of each head.
+    """
+
+    tokens: NDArray[np.bool_]
+    group: NDArray[np.int64]
+
+    def pages(self, page_size: int) -> NDArray[np.bool_]:
+        """Pages [num_layers, num_kv_heads, pages] that hold a needed token."""
+        starts = np.arange(0, self.tokens.shape[1], page_size)
+        return np.logical_or.reduceat(self.tokens, starts, axis=1)[self.group]
+
+    def same(self, other: NeededTokens | None) -> bool:
+        """Whether both name the very same tokens."""
+        return (
+            other is not None
+            and np.array_equal(self.tokens, other.tokens)
+            and np.array_equal(self.group, other.group)
+        )
 
 
 @dataclass(frozen=True)
@@ -234,8 +262,3 @@ class SegmentLayout:
         inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         k_row = np.repeat(begin // shape.row_bytes, counts) + inside
         return k_row, k_row + np.repeat(counts, counts), np.repeat(first_token, counts) + inside
-
-
-def wanted_bytes(layout: SegmentLayout, selection: Sequence[int] | NDArray[np.int64]) -> int:
-    """Bytes of the pages at some places in storage order."""
-    return int(layout.page_bytes[layout.order[np.asarray(selection, dtype=np.int64)]].sum())

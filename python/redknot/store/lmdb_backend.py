@@ -71,9 +71,7 @@ def _lmdb() -> Any:
     try:
         import lmdb
     except ImportError:
-        raise StoreError(
-            "lmdb: needs the package lmdb: pip install 'redknot[lmdb]'"
-        ) from None
+        raise StoreError("lmdb: needs the package lmdb: pip install 'redknot[lmdb]'") from None
     return lmdb
 
 
@@ -83,7 +81,9 @@ def _check(path: Path) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_CHECK_SECONDS)
     except subprocess.TimeoutExpired:
-        raise StoreDamagedError(f"the store {path} could not be read in {_CHECK_SECONDS:.0f} s") from None
+        raise StoreDamagedError(
+            f"the store {path} could not be read in {_CHECK_SECONDS:.0f} s"
+        ) from None
     if done.returncode == 0:
         return
     reason = done.stderr.strip().splitlines()[-1:] if done.returncode > 0 else []
@@ -147,8 +147,10 @@ class LmdbBackend:
             raise StoreError(f"the store {path} cannot be opened: {error}") from None
 
     def _status(self, error: Exception) -> Status:
+        # LMDB reports a write that ends early, as on a full disk, as an input/output error.
         text = str(error).lower()
-        if isinstance(error, self._lmdb.MapFullError) or "no space" in text or "too large" in text:
+        full = ("no space", "too large", "input/output")
+        if isinstance(error, self._lmdb.MapFullError) or any(words in text for words in full):
             return Status.FULL
         damaged = (
             self._lmdb.CorruptedError,
@@ -158,9 +160,7 @@ class LmdbBackend:
         )
         return Status.CORRUPT if isinstance(error, damaged) else Status.ERROR
 
-    def _each(
-        self, items: Sequence[_T], read: Callable[[Any, _T], Any]
-    ) -> list[Any]:
+    def _each(self, items: Sequence[_T], read: Callable[[Any, _T], Any]) -> list[Any]:
         """`read(txn, item)` for every item in one snapshot."""
         try:
             with self._env.begin(buffers=True) as txn:
@@ -198,13 +198,21 @@ class LmdbBackend:
 
     def put(self, items: Sequence[ItemWrite], timeout: float) -> list[Status]:
         """Store the items in one transaction: all of them or none."""
+        status = self._write(items)
+        if status is Status.FULL:
+            # Pages that the last transaction freed can be used only after one more.
+            if self._write([ItemWrite(_FORMAT_KEY.decode(), _FORMAT)]) is Status.OK:
+                status = self._write(items)
+        return [status] * len(items)
+
+    def _write(self, items: Sequence[ItemWrite]) -> Status:
         try:
             with self._env.begin(write=True) as txn:
                 for item in items:
                     txn.put(item.key.encode(), item.data)
-            return [Status.OK] * len(items)
+            return Status.OK
         except (OSError, self._lmdb.Error) as error:
-            return [self._status(error)] * len(items)
+            return self._status(error)
 
     def remove(self, keys: Sequence[str], timeout: float) -> list[Status]:
         """See `StorageBackend`."""

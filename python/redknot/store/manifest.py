@@ -11,10 +11,11 @@ mistaken for each other. The manifest is written after everything it names: it i
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import secrets
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from redknot.errors import StoreError
 from redknot.store.layout import Regions, SegmentLayout, SegmentShape
 
-__all__ = ["FORMAT_VERSION", "DamagedError", "Manifest", "hash_pages", "new_write_id"]
+__all__ = ["FORMAT_VERSION", "DamagedError", "Manifest", "new_write_id", "seal"]
 
 FORMAT_VERSION = 1
 _MAGIC = b"RKSG"
@@ -206,6 +207,23 @@ class Manifest:
             hidden_layer=header["hidden"][0],
             hidden_bytes=header["hidden"][1],
         )
+
+
+def seal(
+    manifest: Manifest, pages: NDArray[np.uint8], hidden: NDArray[np.uint8] | None
+) -> tuple[Manifest, list[memoryview | None]]:
+    """Add the checksums to a manifest and cut its bytes into objects."""
+    layout = manifest.layout
+    numbers, begin, sizes = layout.page_spans(layout.selection(None))
+    checksums = hash_pages(pages.data, begin, sizes, numbers)
+    ends = np.cumsum([0, *layout.object_sizes])
+    objects: list[memoryview | None] = [pages[a:b].data for a, b in itertools.pairwise(ends)]
+    if hidden is not None:
+        seeds, begin, sizes = manifest.hidden_spans()
+        more = hash_pages(hidden.data, begin, sizes, seeds)
+        checksums = np.concatenate([checksums, more])
+        objects.append(hidden.data)
+    return replace(manifest, checksums=checksums), objects
 
 
 def _pack(matrix: NDArray[np.int32]) -> str:

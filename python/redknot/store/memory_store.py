@@ -69,6 +69,13 @@ class MemoryStore:
             self._segments[segment.key] = segment
             self._evicted.discard(segment.key)
 
+    def discard(self, key: str) -> None:
+        """Drop one segment, if it is there; sessions that share its pages keep them."""
+        with self._lock:
+            segment = self._segments.pop(key, None)
+            if segment is not None:
+                self._pool.allocator.release_segment(segment.handle)
+
     def was_evicted(self, key: str) -> bool:
         """Whether a segment of this key was here and had to go."""
         return key in self._evicted

@@ -10,7 +10,7 @@ from torch import Tensor
 from redknot.cache import KVPool
 from redknot.store.layout import SegmentLayout
 
-__all__ = ["gather_segment", "page_mask", "scatter_segment", "zero_segment"]
+__all__ = ["gather_segment", "scatter_segment", "zero_segment"]
 
 
 def _slots(pool: KVPool, handle: int, num_layers: int) -> NDArray[np.int64]:
@@ -61,9 +61,3 @@ def zero_segment(pool: KVPool, handle: int, num_layers: int) -> None:
     head_dim = pool.k_cache.shape[-1]
     for cache in (pool.k_cache, pool.v_cache):
         cache.view(-1, head_dim).index_fill_(0, slots, value)
-
-
-def page_mask(needed: NDArray[np.bool_], page_size: int) -> NDArray[np.bool_]:
-    """Pages [..., ceil(num_tokens / page_size)] that hold a needed token [..., num_tokens]."""
-    starts = np.arange(0, needed.shape[-1], page_size)
-    return np.logical_or.reduceat(needed, starts, axis=-1)

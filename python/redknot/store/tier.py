@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import logging
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 from redknot.store.backend import ItemWrite, RangeRead, Status, StorageBackend
@@ -19,8 +21,6 @@ from redknot.store.workers import Workers
 
 __all__ = ["Tier", "TierCounts"]
 
-logger = logging.getLogger("redknot.store")
-
 _T = TypeVar("_T")
 
 # Bytes per call of the engine: what one deadline is for.
@@ -29,8 +29,9 @@ _BATCH_BYTES = 64 << 20
 _MOST_THREADS = 6
 # A tier that does not answer is left alone for a while, twice as long each time.
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
-# Weight of the newest sample in a running estimate.
+# Running estimates: weight of the newest latency; how many loads the bandwidth is the median of.
 _NEWEST = 0.3
+_FEWEST_SAMPLES, _MOST_SAMPLES = 2, 9
 # Every so many loads that looked too slow one is tried, so that a tier that recovered is noticed.
 _PROBE_EVERY = 16
 _RELIST_SECONDS = 10.0
@@ -99,8 +100,8 @@ class Tier:
         self._listed_at = -_RELIST_SECONDS
         self._down_until, self._pause, self._down_status = 0.0, 0.0, Status.OK
         self._told_down = 0.0
-        self._latency: float | None = None
-        self._seconds_per_byte: float | None = None
+        self._latency = 0.0
+        self._seconds_per_byte: deque[float] = deque(maxlen=_MOST_SAMPLES)
         self._slow_in_a_row = 0
 
     # --- calls with a deadline -------------------------------------------------------------------
@@ -159,7 +160,8 @@ class Tier:
             except (DamagedError, ValueError, KeyError, TypeError, IndexError):
                 found = Status.CORRUPT
         if isinstance(found, Manifest):
-            self._latency = _newer(self._latency, time.perf_counter() - begin)
+            latency = time.perf_counter() - begin
+            self._latency = (1 - _NEWEST) * self._latency + _NEWEST * latency
             if self.is_expired(found):
                 self.counts.expired += 1
                 self._remove_items([found.item_key, *found.object_keys])
@@ -190,38 +192,39 @@ class Tier:
         begin = time.perf_counter()
         statuses: list[Status] = []
         for batch in _batches(reads, lambda read: read.num_bytes):
-            answer = self._call(lambda timeout, batch=batch: self.backend.get_ranges(batch, timeout))
+            answer = self._call(partial(self.backend.get_ranges, batch))
             statuses += [answer] * len(batch) if isinstance(answer, Status) else answer
             if Status.TIMEOUT in statuses or Status.UNREACHABLE in statuses:
                 break
         statuses += [statuses[-1]] * (len(reads) - len(statuses)) if statuses else []
-        for status in {s for s in statuses if s is not Status.OK}:
-            self._answered(status)
+        for trouble in set(statuses) - {Status.OK}:
+            self._answered(trouble)
         done = sum(r.num_bytes for r, s in zip(reads, statuses, strict=True) if s is Status.OK)
         self.counts.bytes_read += done
         self.counts.read_seconds += time.perf_counter() - begin
         with self._lock:
-            for run, status in zip(runs, statuses, strict=True):
-                if status is Status.OK:
+            for run, got in reversed(list(zip(runs, statuses, strict=True))):  # the coldest first
+                if got is Status.OK:
                     self._policy.touch(self._unit_name(manifest, run.object_index))
         return statuses
 
     def estimate_seconds(self, num_bytes: int) -> float | None:
-        """How long a load would take, from past ones; None before the first."""
-        if self._seconds_per_byte is None:
+        """How long a load would take, by the median of the last ones; None before the second."""
+        if len(self._seconds_per_byte) < _FEWEST_SAMPLES:
             return None
-        return (self._latency or 0.0) + num_bytes * self._seconds_per_byte
+        return self._latency + num_bytes * statistics.median(self._seconds_per_byte)
 
     def observe(self, num_bytes: int, seconds: float) -> None:
         """Tell how long a whole load took, from the question to K and V in their pages."""
         if num_bytes:
-            rate = max(seconds - (self._latency or 0.0), 0.0) / num_bytes
-            self._seconds_per_byte = _newer(self._seconds_per_byte, rate)
+            self._seconds_per_byte.append(max(seconds - self._latency, 0.0) / num_bytes)
 
     def is_too_slow(self, num_bytes: int, recompute_seconds: float | None) -> bool:
         """Whether computing is expected to be faster than reading; counted."""
         estimate = self.estimate_seconds(num_bytes)
-        if estimate is None or recompute_seconds is None or estimate <= recompute_seconds:
+        if estimate is None or recompute_seconds is None:
+            return False
+        if self.url.prefer == "load" or estimate <= recompute_seconds:
             self._slow_in_a_row = 0
             return False
         self._slow_in_a_row += 1
@@ -267,34 +270,45 @@ class Tier:
         )
 
     def _put(self, manifest: Manifest, objects: Sequence[memoryview | None]) -> Status:
-        cost = manifest.offline_seconds
-        taken: list[int] = []
-        units = _units(manifest)
-        for name, (indices, size) in units.items():
-            if any(objects[index] is None for index in indices):
-                continue
-            share = cost * size / max(manifest.num_bytes, 1)
-            with self._lock:
-                if not self._admit(name, size, share):
+        units = {
+            name: (indices, size)
+            for name, (indices, size) in _units(manifest).items()
+            if all(objects[index] is not None for index in indices)
+        }
+        with self._lock:
+            for name, (indices, size) in units.items():  # the room is taken before it is filled
+                cost = manifest.offline_seconds * size / manifest.num_bytes
+                if self._admit(name, size, cost):
+                    unit = _Unit([manifest.object_keys[i] for i in indices], size)
+                    self._insert(name, unit, cost)
+                else:
                     self.counts.rejected += 1
-                    continue
-            taken += indices
-        items = [ItemWrite(manifest.object_keys[i], objects[i]) for i in taken]  # type: ignore[arg-type]
+            taken = [i for name in units if name in self._units for i in units[name][0]]
+        items = [
+            ItemWrite(key, data)
+            for i, (key, data) in enumerate(zip(manifest.object_keys, objects, strict=True))
+            if i in taken and data is not None
+        ]
         items.append(ItemWrite(manifest.item_key, manifest.to_bytes()))
         for batch in _batches(items, lambda item: len(item.data)):
-            answer = self._call(lambda timeout, batch=batch: self.backend.put(batch, timeout))
+            answer = self._call(partial(self.backend.put, batch))
             statuses = [answer] if isinstance(answer, Status) else answer
             failed = next((s for s in statuses if s is not Status.OK), None)
             if failed is not None:
+                self._forget(manifest)
                 return failed
-        with self._lock:
-            for name, (indices, size) in units.items():
-                if set(indices) <= set(taken):
-                    share = cost * size / max(manifest.num_bytes, 1)
-                    self._insert(name, _Unit([manifest.object_keys[i] for i in indices], size), share)
-            self.counts.segments_written += 1
-            self.counts.bytes_written += sum(len(item.data) for item in items)
+        self.counts.segments_written += 1
+        self.counts.bytes_written += sum(len(item.data) for item in items)
         return Status.OK
+
+    def _forget(self, manifest: Manifest) -> None:
+        """Count a segment out."""
+        with self._lock:
+            for name in _units(manifest):
+                unit = self._units.pop(name, None)
+                if unit is not None:
+                    self._used -= unit.num_bytes
+                    self._policy.remove(name)
 
     def _insert(self, name: str, unit: _Unit, cost: float) -> None:
         old = self._units.get(name)
@@ -365,12 +379,7 @@ class Tier:
 
     def remove(self, manifest: Manifest) -> Status:
         """Remove a segment: its manifest first."""
-        with self._lock:
-            for name in _units(manifest):
-                unit = self._units.pop(name, None)
-                if unit is not None:
-                    self._used -= unit.num_bytes
-                    self._policy.remove(name)
+        self._forget(manifest)
         return self._remove_items([manifest.item_key, *manifest.object_keys])
 
     def _remove_items(self, keys: Sequence[str]) -> Status:
@@ -424,7 +433,3 @@ def _batches(items: Sequence[_T], size: Callable[[_T], int]) -> list[list[_T]]:
         groups[-1].append(item)
         room -= size(item)
     return groups
-
-
-def _newer(old: float | None, sample: float) -> float:
-    return sample if old is None else (1 - _NEWEST) * old + _NEWEST * sample

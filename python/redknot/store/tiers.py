@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from redknot.errors import InputError, StoreDamagedError, StoreError
 from redknot.store.backend import Status, UnusableBackend
-from redknot.store.layout import PageRun
+from redknot.store.layout import NeededTokens, PageRun
 from redknot.store.manifest import Manifest, hash_pages
 from redknot.store.tier import Tier
 from redknot.store.url import open_backend, parse_url
@@ -74,8 +74,8 @@ class Loaded:
         The hidden states, if they were asked for and are stored.
     tiers : tuple of Tier
         Where the bytes came from.
-    started : float
-        `time.perf_counter()` when the load began.
+    seconds : float
+        From the question to checked bytes.
     """
 
     manifest: Manifest
@@ -83,19 +83,19 @@ class Loaded:
     buffer: NDArray[np.uint8]
     hidden: NDArray[np.uint8] | None
     tiers: tuple[Tier, ...]
-    started: float
+    seconds: float
 
     @property
     def num_bytes(self) -> int:
         """Bytes that were read."""
         return len(self.buffer) + (len(self.hidden) if self.hidden is not None else 0)
 
-    def done(self) -> float:
-        """Tell the tiers that K and V are where they are needed; returns the seconds it took."""
-        seconds = time.perf_counter() - self.started
+    def done(self, seconds: float) -> float:
+        """K and V are where they are needed, which took so long; returns the whole load's time."""
+        whole = self.seconds + seconds
         for tier in self.tiers:
-            tier.observe(self.num_bytes, seconds / len(self.tiers))
-        return seconds
+            tier.observe(self.num_bytes, whole / len(self.tiers))
+        return whole
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Missed:
 @dataclass
 class _Ahead:
     future: Future[Loaded | Missed]
-    wanted: NDArray[np.bool_] | None
+    wanted: NeededTokens | None
     num_bytes: int
 
 
@@ -141,7 +141,7 @@ class TieredStore:
         self,
         key: str,
         expected: Expected,
-        wanted: NDArray[np.bool_] | None = None,
+        wanted: NeededTokens | None = None,
         *,
         hidden: bool = False,
         recompute_seconds: Callable[[Manifest], float | None] = lambda manifest: None,
@@ -153,9 +153,8 @@ class TieredStore:
         key : str
         expected : Expected
             A manifest of anything else is refused.
-        wanted : bool [num_layers, num_kv_heads, pages], optional
-            In pages of the *stored* page size, or None: all. A mask of another page size is
-            refused; use `page_mask`.
+        wanted : NeededTokens, optional
+            What to read; None: all. Whole pages are read.
         hidden : bool
             Whether the hidden states are wanted too.
         recompute_seconds : callable
@@ -169,11 +168,21 @@ class TieredStore:
             return ahead.future.result()
         return self._load(key, expected, wanted, hidden, recompute_seconds)
 
+    def contains(self, key: str, expected: Expected) -> bool:
+        """Whether a tier has the segment, as far as its manifest tells."""
+        for tier in self.tiers:
+            found = tier.manifest(key)
+            if isinstance(found, Manifest) and expected.matches(key, found):
+                return True
+            if isinstance(found, Status):
+                _report(tier, key, found)
+        return False
+
     def prefetch(
         self,
         key: str,
         expected: Expected,
-        wanted: NDArray[np.bool_] | None = None,
+        wanted: NeededTokens | None = None,
         *,
         hidden: bool = False,
         recompute_seconds: Callable[[Manifest], float | None] = lambda manifest: None,
@@ -207,7 +216,7 @@ class TieredStore:
         self,
         key: str,
         expected: Expected,
-        wanted: NDArray[np.bool_] | None,
+        wanted: NeededTokens | None,
         hidden: bool,
         recompute_seconds: Callable[[Manifest], float | None],
     ) -> Loaded | Missed:
@@ -238,7 +247,7 @@ class TieredStore:
             if trouble is None:
                 tier.counts.hits += 1
                 self._promote(reading)
-                return reading.loaded(started)
+                return reading.loaded(time.perf_counter() - started)
             tier.counts.misses += 1
             reasons.append(f"{tier.name}: {trouble.value}")
             if trouble is Status.CORRUPT or trouble is Status.SHORT:
@@ -327,14 +336,11 @@ class TieredStore:
 class _Reading:
     """One segment on its way from one or more tiers into one buffer."""
 
-    def __init__(
-        self, manifest: Manifest, wanted: NDArray[np.bool_] | None, hidden: bool
-    ) -> None:
+    def __init__(self, manifest: Manifest, wanted: NeededTokens | None, hidden: bool) -> None:
         self.manifest = manifest
         layout = manifest.layout
-        if wanted is not None and wanted.shape != manifest.shape.pages:
-            wanted = None  # stored with another page size: read all of it
-        self.selection = layout.selection(wanted)
+        pages = None if wanted is None else wanted.pages(manifest.shape.page_size)
+        self.selection = layout.selection(pages)
         self.runs = layout.runs(self.selection)
         num_bytes = sum(run.num_bytes for run in self.runs)
         if hidden and manifest.hidden_layer >= 0:
@@ -355,7 +361,7 @@ class _Reading:
         if not self._missing:
             return None
         runs = [self.runs[i] for i in self._missing]
-        statuses = tier.read(self.manifest, runs, memoryview(self.buffer))
+        statuses = tier.read(self.manifest, runs, self.buffer.data)
         done = [i for i, s in zip(self._missing, statuses, strict=True) if s is Status.OK]
         damaged = not all(self._is_sound(i) for i in done)
         if damaged:
@@ -372,7 +378,7 @@ class _Reading:
     def _is_sound(self, index: int) -> bool:
         """Whether every page of a run has its checksum."""
         run, layout = self.runs[index], self.manifest.layout
-        data = memoryview(self.buffer)[run.begin : run.begin + run.num_bytes]
+        data = self.buffer.data[run.begin : run.begin + run.num_bytes]
         if run.object_index == layout.num_objects:
             seeds, begin, sizes = self.manifest.hidden_spans()
             stored = self.manifest.checksums[len(layout.order) :]
@@ -387,11 +393,11 @@ class _Reading:
         objects: list[memoryview | None] = [None] * len(self.manifest.object_keys)
         for run in self.runs:
             if run.num_bytes == self.manifest.object_sizes[run.object_index]:
-                data = memoryview(self.buffer)[run.begin : run.begin + run.num_bytes]
+                data = self.buffer.data[run.begin : run.begin + run.num_bytes]
                 objects[run.object_index] = data
         return objects
 
-    def loaded(self, started: float) -> Loaded:
+    def loaded(self, seconds: float) -> Loaded:
         hidden = self.buffer[self.kv_bytes :] if len(self.buffer) > self.kv_bytes else None
         return Loaded(
             self.manifest,
@@ -399,7 +405,7 @@ class _Reading:
             self.buffer[: self.kv_bytes],
             hidden,
             tuple(self.sources),
-            started,
+            seconds,
         )
 
 
@@ -410,7 +416,7 @@ def _report(tier: Tier, key: str, status: Status) -> None:
     if tier.is_down():
         if tier.announce_down():
             logger.warning(
-                "store %s: segment %s: %s; counted as a miss, and the tier is left alone for a while",
+                "store %s: segment %s: %s; counted as a miss, the tier is left alone for a while",
                 tier.name,
                 key[:12],
                 status.value,
@@ -419,10 +425,8 @@ def _report(tier: Tier, key: str, status: Status) -> None:
     logger.warning("store %s: segment %s: %s; counted as a miss", tier.name, key[:12], status.value)
 
 
-def _covers(have: NDArray[np.bool_] | None, want: NDArray[np.bool_] | None) -> bool:
-    if have is None:
-        return True
-    return want is not None and have.shape == want.shape and not (want & ~have).any()
+def _covers(have: NeededTokens | None, want: NeededTokens | None) -> bool:
+    return have is None or have.same(want)
 
 
 def _flush(writer: Workers, timeout: float) -> bool:

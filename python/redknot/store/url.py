@@ -19,7 +19,8 @@ _UNITS |= {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _REDIS = ("redis", "rediss", "unix")
 _SCHEMES = ("mem", "lmdb", *_REDIS)
-_OPTIONS = ("capacity", "policy", "ttl", "timeout")
+_OPTIONS = ("capacity", "policy", "ttl", "timeout", "prefer")
+_PREFER = ("faster", "load")
 
 _TIMEOUT_SECONDS = 5.0
 
@@ -55,6 +56,8 @@ class StoreUrl:
         Seconds after which a segment counts as not stored.
     timeout : float
         Most seconds that any call may take.
+    prefer : {"faster", "load"}
+        Whether a load that is expected to take longer than computing is skipped, or done anyway.
     """
 
     scheme: str
@@ -63,6 +66,7 @@ class StoreUrl:
     policy: str = "lru"
     ttl: float | None = None
     timeout: float = _TIMEOUT_SECONDS
+    prefer: str = "faster"
 
     @property
     def path(self) -> Path:
@@ -71,7 +75,7 @@ class StoreUrl:
 
 
 def parse_url(url: str) -> StoreUrl:
-    """Read `SCHEME:...[?capacity=8GiB&policy=lru&ttl=SECONDS&timeout=SECONDS]`.
+    """Read `SCHEME:...[?capacity=8GiB&policy=lru&ttl=SECONDS&timeout=SECONDS&prefer=faster]`.
 
     Raises
     ------
@@ -99,11 +103,12 @@ def parse_url(url: str) -> StoreUrl:
         )
     if "capacity" in ours and parts.scheme in _REDIS:
         raise InputError(f"store {url!r}: a server's capacity is its own setting (maxmemory)")
-    policy = ours.get("policy", "lru")
-    if policy not in POLICIES:
-        raise InputError(
-            f"store {url!r}: unknown policy {policy!r}; there are {', '.join(POLICIES)}"
-        )
+    policy, prefer = ours.get("policy", "lru"), ours.get("prefer", "faster")
+    for what, value, known in (("policy", policy, POLICIES), ("prefer", prefer, _PREFER)):
+        if value not in known:
+            raise InputError(
+                f"store {url!r}: unknown {what} {value!r}; there are {', '.join(known)}"
+            )
     target = urlunsplit(parts._replace(query=urlencode(others)))
     return StoreUrl(
         scheme=parts.scheme,
@@ -114,6 +119,7 @@ def parse_url(url: str) -> StoreUrl:
         policy=policy,
         ttl=_seconds(url, ours, "ttl"),
         timeout=_seconds(url, ours, "timeout") or _TIMEOUT_SECONDS,
+        prefer=prefer,
     )
 
 

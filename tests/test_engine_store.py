@@ -1,0 +1,173 @@
+"""An engine over a store: warm starts, faults that cost a miss and never a token."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from store_case import needs_redis, redis_server  # noqa: F401
+from tiny_models import random_tokens, tiny_model
+
+import redknot
+from redknot.errors import InputError
+
+DOCUMENTS = [random_tokens(np.random.default_rng(7 + i), 40 + 9 * i) for i in range(4)]
+QUESTION = [5, 9, 11]
+
+
+CLASSES = [["local", "global"], ["global", "local"], ["local", "global"]]
+
+
+def make_engine(store="mem:", *, dtype=torch.float32, seed=0, page_size=16, **options):
+    model = tiny_model("llama", 4, 2, dtype=dtype, seed=seed)
+    return redknot.Engine(
+        model,
+        redknot.HeadMap(CLASSES, window=24, sink=4),
+        kv_budget="16MiB",
+        page_size=page_size,
+        store=store,
+        poison_freed_pages=True,
+        **options,
+    )
+
+
+def answer(engine, order=(0, 1, 2, 3), **options):
+    ids = [engine.add(DOCUMENTS[i]) for i in order]
+    return engine.generate(ids, QUESTION, max_new_tokens=8, **options)
+
+
+def sources(result):
+    return [document.source for document in result.explain().documents]
+
+
+@pytest.fixture(params=["lmdb", pytest.param("redis", marks=needs_redis)])
+def url(request, tmp_path):
+    if request.param == "redis":
+        return request.getfixturevalue("redis_server").url + "?prefer=load"
+    return f"lmdb://{tmp_path}/store?prefer=load"
+
+
+def test_another_process_starts_warm_with_the_same_tokens(url):
+    with make_engine(url) as engine:
+        first = answer(engine)
+        assert sources(first) == ["cached"] * 4  # computed by add
+    code = f"""
+import json, sys
+sys.path[:0] = {[str(Path("tests").resolve()), str(Path("python").resolve())]!r}
+from test_engine_store import answer, make_engine
+engine = make_engine({url!r})
+out = answer(engine, order=(0, 1, 2, 3))
+[tier] = engine.store.tiers
+print(json.dumps([out.token_ids, [[d.source, d.reason] for d in out.explain().documents],
+                  tier.counts.hits, tier.counts.misses]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    tokens, documents, hits, misses = json.loads(done.stdout.splitlines()[-1])
+    assert tokens == first.token_ids
+    assert [source for source, _ in documents] == ["loaded"] * 4
+    assert all(f"loaded from {url.split(':')[0]}" in reason for _, reason in documents)
+    assert (hits, misses) == (5, 0)  # the prefix and four documents
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("page_sizes", [(16, 16), (16, 64), (32, 8)])
+def test_stored_pages_serve_pools_of_any_page_size(dtype, page_sizes, tmp_path):
+    url = f"lmdb://{tmp_path}/store?prefer=load"
+    with make_engine(url, dtype=dtype, page_size=page_sizes[0]) as engine:
+        expected = answer(engine, policy=redknot.Naive()).token_ids
+    with make_engine(url, dtype=dtype, page_size=page_sizes[1]) as engine:
+        result = answer(engine, policy=redknot.Naive())
+        assert sources(result) == ["loaded"] * 4
+        if dtype == torch.float32:
+            assert result.token_ids == expected
+        for document in [engine.add(DOCUMENTS[i]) for i in range(4)]:
+            segment = engine.documents.find(document).segment
+            with make_engine(dtype=dtype, page_size=page_sizes[1]) as fresh:
+                other = fresh.documents.find(fresh.add(fresh_document(engine, document))).segment
+                for layer in range(3):
+                    for mine, theirs in zip(
+                        rows_of(engine, segment, layer), rows_of(fresh, other, layer), strict=True
+                    ):
+                        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def fresh_document(engine, document):
+    return engine.documents.token_ids(document)
+
+
+def rows_of(engine, segment, layer):
+    slots = torch.from_numpy(engine.pool.allocator.segment_slots(segment.handle, layer))
+    return [cache.flatten(0, 1)[slots] for cache in (engine.pool.k_cache, engine.pool.v_cache)]
+
+
+def test_evicted_documents_come_back_from_host_memory():
+    with make_engine("mem:?capacity=32MiB&prefer=load") as engine:
+        expected = answer(engine)
+        engine.flush()
+        while engine.documents.store.evict_one() is not None:
+            pass
+        again = answer(engine)
+        assert sources(again) == ["loaded"] * 4 and again.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"dtype": torch.bfloat16}, {"salt": "b"}])
+def test_a_store_of_another_model_or_tenant_is_not_used(other, tmp_path):
+    url = f"lmdb://{tmp_path}/store?prefer=load"
+    with make_engine(url) as engine:
+        answer(engine)
+    with make_engine(url, **other) as engine:
+        assert sources(answer(engine)) == ["cached"] * 4
+        assert engine.store.tiers[0].counts.hits == 0
+    with make_engine(url) as engine:
+        assert sources(answer(engine)) == ["loaded"] * 4
+
+
+def test_every_page_damaged_costs_misses_and_no_token(tmp_path, caplog):
+    url = f"lmdb://{tmp_path}/store?prefer=load"
+    with make_engine(url) as engine:
+        expected = answer(engine)
+    with make_engine(url) as engine:
+        [tier] = engine.store.tiers
+        whole = tier.backend.get_ranges
+
+        def damaged(reads, timeout):
+            statuses = whole(reads, timeout)
+            reads[0].out[3] ^= 1
+            return statuses
+
+        tier.backend.get_ranges = damaged
+        with caplog.at_level(logging.WARNING, logger="redknot"):
+            result = answer(engine)
+        assert result.token_ids == expected.token_ids
+        assert sources(result) == ["computed"] * 4
+        assert all("lmdb: damaged" in d.reason for d in result.explain().documents)
+        assert tier.counts.failures == {"damaged": 5} and len(caplog.records) == 5
+        del tier.backend.get_ranges
+        engine.flush()  # what was damaged is written anew
+    with make_engine(url) as engine:
+        assert sources(answer(engine)) == ["loaded"] * 4
+
+
+def test_documents_are_read_ahead(tmp_path):
+    url = f"lmdb://{tmp_path}/store?prefer=load"
+    with make_engine(url) as engine:
+        expected = answer(engine)
+    with make_engine(url) as engine:
+        ids = [engine.add(document) for document in DOCUMENTS]
+        engine.prefetch(ids)
+        result = engine.generate(ids, QUESTION, max_new_tokens=8)
+        assert result.token_ids == expected.token_ids and sources(result) == ["loaded"] * 4
+        assert engine.store.tiers[0].counts.hits == 5
+
+
+def test_bad_stores_are_refused_before_anything_is_loaded():
+    with pytest.raises(InputError, match="mem: behind another tier needs a size"):
+        make_engine(["mem:?capacity=1MiB", "mem:"])
+    with pytest.raises(InputError, match="must be mem:"):
+        redknot.Engine("no such model", store="s3://x")
