@@ -35,6 +35,11 @@ class Found:
     source: Literal["cached", "loaded", "computed"]
     reason: str
 
+    @property
+    def computed(self) -> bool:
+        """Whether something had to be computed for it."""
+        return self.source == "computed"
+
 
 class DocumentCache:
     """Documents of one engine: token ids by id, their segments in the store.
