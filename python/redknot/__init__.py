@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RedknotError,
         UnknownDocumentError,
     )
+    from redknot.eval.profiling import HeadProfile, profile_heads
     from redknot.heads import HeadMap
     from redknot.models.attach import attach, detach
     from redknot.models.hf_compat import register_attention
@@ -35,6 +36,7 @@ _HOME = {
     "Generation": "redknot.engine",
     "HeadMap": "redknot.heads",
     "HeadMapError": "redknot.errors",
+    "HeadProfile": "redknot.eval.profiling",
     "InputError": "redknot.errors",
     "ModelError": "redknot.errors",
     "Naive": "redknot.recovery",
@@ -46,6 +48,7 @@ _HOME = {
     "UnknownDocumentError": "redknot.errors",
     "attach": "redknot.models.attach",
     "detach": "redknot.models.attach",
+    "profile_heads": "redknot.eval.profiling",
     "register_attention": "redknot.models.hf_compat",
 }
 
@@ -57,6 +60,7 @@ __all__ = [
     "Generation",
     "HeadMap",
     "HeadMapError",
+    "HeadProfile",
     "InputError",
     "ModelError",
     "Naive",
@@ -68,6 +72,7 @@ __all__ = [
     "UnknownDocumentError",
     "attach",
     "detach",
+    "profile_heads",
     "register_attention",
 ]
 

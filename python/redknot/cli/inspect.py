@@ -147,30 +147,19 @@ def _flops(
     sliding_windows: list[int | None],
 ) -> dict[str, Any]:
     """FLOPs of a prefill over cached documents, RedKnot as published, against dense."""
-    from redknot.heads import HeadMap
-    from redknot.recovery import FlopCounter, dense_prefill_flops
+    from redknot.eval.cost import dense_flops, published_prefill_flops
 
     num_tokens, question = args.context, args.question_tokens
-    own, _ = HeadMap.all_global(heads.num_layers, heads.num_kv_heads).rules(sliding_windows)
-    windows, sinks = heads.rules(sliding_windows)
-    positions = np.arange(num_tokens)
-    counter = FlopCounter(shape)
-    for layer in range(shape.num_layers):
-        num_global = int(heads.is_global[layer].sum())
-        num_local = shape.num_kv_heads - num_global
-        counter.query_and_output(num_tokens)
-        counter.key_value(num_tokens, num_global)
-        counter.key_value(question, num_local)
-        counter.rotation(num_tokens * (shape.num_q_heads + num_global) + question * num_local)
-        counter.attention(positions, windows[layer], sinks[layer])
-        if args.ffn_keep < 1 and layer >= args.dense_until:
-            counter.selection(num_tokens)
-            counter.ffn(question + round(args.ffn_keep * (num_tokens - question)))
-        else:
-            counter.ffn(num_tokens)
-    counter.lm_head()
-    parts = counter.close()
-    dense = dense_prefill_flops(shape, num_tokens, own)
+    parts = published_prefill_flops(
+        heads,
+        shape,
+        num_tokens,
+        question,
+        sliding_windows=sliding_windows,
+        ffn_keep=args.ffn_keep,
+        dense_until=args.dense_until,
+    )
+    dense = dense_flops(shape, num_tokens, sliding_windows)
     total = sum(parts.values())
     return {
         "dense": dense,

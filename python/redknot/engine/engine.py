@@ -22,7 +22,7 @@ from redknot.engine.segment_tiers import SegmentTiers
 from redknot.engine.shared import start_shared
 from redknot.errors import InputError
 from redknot.heads import HeadMap
-from redknot.models import Decoder, load_model, load_tokenizer
+from redknot.models import Decoder, checkpoint_fingerprint, load_model, load_tokenizer
 from redknot.recovery import (
     Policy,
     RedKnot,
@@ -108,7 +108,7 @@ class Engine:
         elif not isinstance(heads, HeadMap):
             heads = HeadMap.from_json(heads)
         fingerprint = model_fingerprint(model.config.to_dict(), model.state_dict())
-        heads.check_model(shape.num_layers, shape.num_kv_heads, fingerprint)
+        heads.check_model(shape.num_layers, shape.num_kv_heads, checkpoint_fingerprint(model))
         self.heads = heads
         self.policy: Policy = policy if policy is not None else RedKnot()
         if tokenizer is None and getattr(model, "name_or_path", None):

@@ -14,6 +14,7 @@ from redknot.errors import InputError, ModelError
 from redknot.heads import HeadMap
 from redknot.models import hf_compat
 from redknot.models.families import family_of
+from redknot.models.fingerprint import checkpoint_fingerprint
 from redknot.models.seg_paged_cache import SegPagedCache
 from redknot.models.sparse_ffn import SparseFFN, sparsify_layer
 
@@ -99,7 +100,9 @@ def attach(
     family = family_of(config)
     if model in _attachments:
         raise ModelError("this model is attached already; call redknot.detach(model) first")
-    heads.check_model(config.num_hidden_layers, config.num_key_value_heads)
+    heads.check_model(
+        config.num_hidden_layers, config.num_key_value_heads, checkpoint_fingerprint(model)
+    )
     windows, sinks = heads.rules(family.sliding_windows(config))
     for name, value in (("sparse_ffn", sparse_ffn), ("heads", heads)):
         kind = {"sparse_ffn": SparseFFN, "heads": HeadMap}[name]
