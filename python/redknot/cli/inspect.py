@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from redknot.cli.output import bytes_text, print_json, table
 from redknot.errors import InputError
@@ -27,12 +26,16 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "inspect",
         help="what a head map would save in bytes and FLOPs",
-        description="Read a head map and a model's config.json (no weights), and count the bytes "
-        "of a session and the FLOPs of a prefill over cached documents.",
+        description="Print a head map, layers by heads, and count the bytes of a session and the "
+        "FLOPs of a prefill over cached documents; no weights are read.",
     )
-    parser.add_argument("--head-map", required=True, help="head map JSON")
-    parser.add_argument("--model-config", required=True, help="checkpoint folder or hub id")
-    parser.add_argument("--context", type=int, required=True, help="tokens of a session")
+    parser.add_argument("map", nargs="?", metavar="HEADS.json", help="head map")
+    parser.add_argument("--head-map", metavar="HEADS.json", help="the same, by name")
+    parser.add_argument(
+        "--model-config",
+        help="checkpoint folder or hub id; maps of `redknot profile` know their model's sizes",
+    )
+    parser.add_argument("--context", type=int, default=32768, help="of a session (default 32768)")
     parser.add_argument("--question-tokens", type=int, default=64, help="of those (default 64)")
     parser.add_argument("--page-size", type=int, default=64, help="tokens per page (default 64)")
     parser.add_argument("--ffn-keep", type=float, default=1.0, help=_KEEP_HELP)
@@ -47,35 +50,25 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command."""
     _check(args)
-    from redknot.cli.output import quiet_libraries
     from redknot.heads import HeadMap
-    from redknot.models import family_of, load_config, shape_of
 
-    quiet_libraries()
-    heads = HeadMap.from_json(args.head_map)
-    config = load_config(args.model_config)
-    shape = shape_of(config)
-    heads.check_model(shape.num_layers, shape.num_kv_heads)
-    sliding_windows = family_of(config).sliding_windows(config)
-    element_bytes = _bytes_per_element(config)
-    report = {
+    heads = HeadMap.from_json(args.map or args.head_map)
+    model = _model(args, heads)
+    report: dict[str, Any] = {
         "head_map": heads.summary(),
-        "model": {
-            "model_type": config.model_type,
-            "bytes_per_element": element_bytes,
-            "max_context": config.max_position_embeddings,
-            "layers_with_sliding_window": sum(window is not None for window in sliding_windows),
-        },
         "context": args.context,
         "page_size": args.page_size,
-        "bytes": [
-            _bytes_at(context, heads, shape, sliding_windows, element_bytes, args.page_size)
-            for context in _contexts(args.context)
-        ],
-        "prefill_flops": _flops(args, heads, shape, sliding_windows),
     }
+    if model is not None:
+        report["model"] = model.summary()
+        report["bytes"] = [
+            _bytes_at(context, heads, model, args.page_size) for context in _contexts(args.context)
+        ]
+        report["prefill_flops"] = _flops(args, heads, model)
     if args.plot:
-        _plot(args.plot, heads, report["bytes"])
+        from redknot.cli.inspect_plot import plot
+
+        plot(args.plot, heads, report.get("bytes"))
     if args.json:
         print_json(report)
     else:
@@ -83,7 +76,56 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class _Model:
+    """What of a model bytes and FLOPs depend on."""
+
+    shape: ModelShape
+    sliding_windows: list[int | None]
+    bytes_per_element: int
+    known: dict[str, Any]
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            **self.known,
+            "bytes_per_element": self.bytes_per_element,
+            "layers_with_sliding_window": sum(w is not None for w in self.sliding_windows),
+        }
+
+
+def _model(args: argparse.Namespace, heads: HeadMap) -> _Model | None:
+    """Take sizes from the config, or from what `redknot profile` left in the map."""
+    from redknot.recovery import ModelShape
+
+    if args.model_config is not None:
+        from redknot.cli.output import quiet_libraries
+        from redknot.models import family_of, load_config, shape_of
+
+        quiet_libraries()
+        config = load_config(args.model_config)
+        known = {
+            "model_type": config.model_type,
+            "max_context": config.max_position_embeddings,
+        }
+        sliding_windows = family_of(config).sliding_windows(config)
+        model = _Model(shape_of(config), sliding_windows, _bytes_per_element(config), known)
+    elif (facts := heads.metadata.get("model_shape")) is not None:
+        try:
+            element, sliding = facts.pop("bytes_per_element"), facts.pop("sliding_windows")
+            model = _Model(ModelShape(**facts), sliding, element, {})
+        except (AttributeError, KeyError, TypeError):
+            raise InputError(
+                "the map's model_shape is not as `redknot profile` writes it; give --model-config"
+            ) from None
+    else:
+        return None
+    heads.check_model(model.shape.num_layers, model.shape.num_kv_heads)
+    return model
+
+
 def _check(args: argparse.Namespace) -> None:
+    if (args.map is None) == (args.head_map is None):
+        raise InputError("give one head map: redknot inspect HEADS.json")
     for option, least in (("context", 1), ("question_tokens", 1), ("page_size", 1)):
         if getattr(args, option) < least:
             flag = option.replace("_", "-")
@@ -109,24 +151,17 @@ def _contexts(context: int) -> list[int]:
     return sorted({max(1, context // divisor) for divisor in (16, 4, 1)})
 
 
-def _bytes_at(
-    context: int,
-    heads: HeadMap,
-    shape: ModelShape,
-    sliding_windows: list[int | None],
-    element_bytes: int,
-    page_size: int,
-) -> dict[str, float]:
+def _bytes_at(context: int, heads: HeadMap, model: _Model, page_size: int) -> dict[str, float]:
     """Bytes of one session whose context nobody shares, and how many more fit for that."""
     from redknot.heads import HeadMap
 
     def held(head_map: HeadMap) -> int:
         return head_map.kv_bytes(
             context,
-            head_dim=shape.head_dim,
-            bytes_per_element=element_bytes,
+            head_dim=model.shape.head_dim,
+            bytes_per_element=model.bytes_per_element,
             page_size=page_size,
-            sliding_windows=sliding_windows,
+            sliding_windows=model.sliding_windows,
         )
 
     full = held(HeadMap.all_global(heads.num_layers, heads.num_kv_heads))
@@ -140,26 +175,21 @@ def _bytes_at(
     }
 
 
-def _flops(
-    args: argparse.Namespace,
-    heads: HeadMap,
-    shape: ModelShape,
-    sliding_windows: list[int | None],
-) -> dict[str, Any]:
+def _flops(args: argparse.Namespace, heads: HeadMap, model: _Model) -> dict[str, Any]:
     """FLOPs of a prefill over cached documents, RedKnot as published, against dense."""
     from redknot.eval.cost import dense_flops, published_prefill_flops
 
     num_tokens, question = args.context, args.question_tokens
     parts = published_prefill_flops(
         heads,
-        shape,
+        model.shape,
         num_tokens,
         question,
-        sliding_windows=sliding_windows,
+        sliding_windows=model.sliding_windows,
         ffn_keep=args.ffn_keep,
         dense_until=args.dense_until,
     )
-    dense = dense_flops(shape, num_tokens, sliding_windows)
+    dense = dense_flops(model.shape, num_tokens, model.sliding_windows)
     total = sum(parts.values())
     return {
         "dense": dense,
@@ -181,8 +211,10 @@ def _flops(
 
 
 def _text(report: dict[str, Any], heads: HeadMap) -> str:
-    model, flops = report["model"], report["prefill_flops"]
     lines = [str(heads), ""]
+    if "model" not in report:
+        return "\n".join([*lines, "bytes and FLOPs depend on the model: give --model-config"])
+    model, flops = report["model"], report["prefill_flops"]
     if model["layers_with_sliding_window"]:
         lines.append(
             f"{model['layers_with_sliding_window']} layers have a sliding window of the model's "
@@ -215,33 +247,3 @@ def _text(report: dict[str, Any], heads: HeadMap) -> str:
         *(f"  - {line}" for line in flops["assumptions"]),
     ]
     return "\n".join(lines)
-
-
-def _plot(path: str, heads: HeadMap, sizes: list[dict[str, float]]) -> None:
-    """Draw the windows of all heads, and bytes over context."""
-    try:
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install 'redknot[plot]'") from None
-    if not path.endswith(".png"):
-        raise InputError(f"--plot must name a .png file, got {path}")
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    reach = np.where(heads.is_global, np.nan, heads.windows + heads.sinks)
-    colors = colormaps["viridis_r"].with_extremes(bad="crimson")
-    image = left.imshow(reach, aspect="auto", interpolation="nearest", cmap=colors)
-    left.set(xlabel="KV head", ylabel="layer", title="reach in tokens (red: global)")
-    if not heads.is_global.all():
-        figure.colorbar(image, ax=left)
-    contexts = [row["context"] for row in sizes]
-    for key, label in (("full_kv_bytes", "full KV"), ("head_map_kv_bytes", "head map")):
-        right.plot(contexts, [row[key] / 2**20 for row in sizes], marker="o", label=label)
-    right.set(xlabel="context, tokens", ylabel="MiB per session", title="KV bytes")
-    right.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write it: {error.strerror or error}") from error
