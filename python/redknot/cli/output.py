@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["bytes_text", "print_json", "progress_bar", "quiet_libraries", "table"]
+__all__ = ["PhaseBars", "bytes_text", "print_json", "progress_bar", "quiet_libraries", "table"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -49,6 +49,26 @@ def progress_bar(total: int, description: str, unit: str) -> Any:
         disable=not sys.stderr.isatty(),
         leave=False,
     )
+
+
+class PhaseBars:
+    """Progress of work in phases, one bar at a time; called with (phase, done, total)."""
+
+    def __init__(self) -> None:
+        self._phase = ""
+        self._bar: Any = None
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Show that `done` of `total` runs of a phase are done."""
+        if phase != self._phase:
+            self.close()
+            self._phase, self._bar = phase, progress_bar(total, phase, "run")
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """Take the last bar away."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def quiet_libraries() -> None:

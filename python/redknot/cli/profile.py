@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from redknot.cli.output import print_json, progress_bar, quiet_libraries, table
+from redknot.cli.output import PhaseBars, print_json, quiet_libraries, table
 from redknot.errors import InputError
 
 __all__ = ["add_parser", "run"]
@@ -154,15 +154,7 @@ def _measure(args: argparse.Namespace, profile_path: Path) -> Any:
     if args.threads:
         torch.set_num_threads(args.threads)
     model = load_model(args.model, dtype=args.dtype, device=args.device)
-    bars: dict[str, Any] = {}
-
-    def progress(phase: str, done: int, total: int) -> None:
-        if phase not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[phase] = progress_bar(total, phase, "run")
-        bars[phase].update(done - bars[phase].n)
-
+    bars = PhaseBars()
     try:
         return profile_heads(
             model,
@@ -182,11 +174,10 @@ def _measure(args: argparse.Namespace, profile_path: Path) -> Any:
             chat=False if args.no_chat else None,
             state=profile_path.with_suffix(".state"),
             resume=args.resume,
-            progress=progress,
+            progress=bars,
         )
     finally:
-        for bar in bars.values():
-            bar.close()
+        bars.close()
 
 
 def _report(profile: Any, heads: Any, output: Path, profile_path: Path) -> dict[str, Any]:

@@ -150,12 +150,13 @@ class HeadProfile:
 
         The smallest one that covers `coverage` of the mass of each of its query heads, but no more
         than the window that was measured: heads of diffuse attention, which a curve alone would
-        give everything, have been shown to do without.
+        give everything, have been shown to do without. A coverage of 1 is the measured window.
         """
         coverage = self.coverage if coverage is None else coverage
         if not 0 < coverage <= 1:
             raise HeadMapError(f"coverage must be in (0, 1], got {coverage}")
-        enough = self.covered >= coverage
+        # A mass is never quite 1: softmax leaves a little everywhere.
+        enough = (self.covered >= coverage) & (coverage < 1)
         grid = np.array(self.windows)
         first = np.where(enough.any(-1), grid[enough.argmax(-1)], grid[-1])
         least = min(min_window, self.window)
