@@ -18,7 +18,8 @@ using memory::Session;
 int64_t SegmentAllocator::Impl::room_in_tail(const Row& row, int64_t length) const {
   if (row.size() == 0) return 0;
   const PageRef& tail = row.back();
-  if (tail.rotation_offset != 0 || end_position(tail) != length || in_segment[tail.page]) return 0;
+  if (tail.rotation_offset != 0 || end_position(tail) != length) return 0;
+  if (!memory::is_absent(tail) && in_segment[tail.page]) return 0;
   return config.page_size - tail.num_valid;
 }
 

@@ -1,6 +1,7 @@
 // Preemption: the pages that only some sessions hold leave the pool, and come back.
 #include <algorithm>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "allocator_impl.h"
 #include "redknot/segment_allocator.h"
@@ -122,6 +123,17 @@ AllocResult SegmentAllocator::swap_in(SessionId session, std::vector<SlotMove>* 
     }
   }
   return result;
+}
+
+int64_t SegmentAllocator::session_swapped_pages(SessionId session) const {
+  const std::lock_guard lock(impl_->mutex);
+  std::unordered_set<int32_t> pages;
+  for (const Row& row : impl_->find_any_session("session_swapped_pages", session).rows) {
+    for (const PageRef& ref : row.refs()) {
+      if (is_absent(ref)) pages.insert(ref.page);
+    }
+  }
+  return static_cast<int64_t>(pages.size());
 }
 
 void SegmentAllocator::grow(int32_t num_pages, std::function<void(int32_t page)> poison) {

@@ -409,6 +409,8 @@ PYBIND11_MODULE(_memory, module) {
       .def("session_pages", direct(&SegmentAllocator::session_pages), arg("session"))
       .def(
           "session_private_pages", direct(&SegmentAllocator::session_private_pages), arg("session"))
+      .def(
+          "session_swapped_pages", direct(&SegmentAllocator::session_swapped_pages), arg("session"))
       .def("free_pages", direct(&SegmentAllocator::free_pages))
       .def("stats", &Allocator::stats);
 }

@@ -182,6 +182,7 @@ class SegmentAllocator {
   RowTable rows(const std::vector<SessionId>& sessions, int64_t layer) const;
   int64_t session_pages(SessionId session) const;          // distinct pages, shared ones too
   int64_t session_private_pages(SessionId session) const;  // pages nobody else holds
+  int64_t session_swapped_pages(SessionId session) const;  // what swap_in takes
   int64_t free_pages() const;
   AllocatorStats stats() const;
 

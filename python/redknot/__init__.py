@@ -10,7 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from redknot.engine import Engine, Explanation, Generation, Prefill
+    from redknot.engine import (
+        Engine,
+        Explanation,
+        Generation,
+        GenerationRequest,
+        Prefill,
+        Sampling,
+        Session,
+    )
     from redknot.errors import (
         BudgetError,
         HeadMapError,
@@ -34,6 +42,7 @@ _HOME = {
     "Engine": "redknot.engine",
     "Explanation": "redknot.engine",
     "Generation": "redknot.engine",
+    "GenerationRequest": "redknot.engine",
     "HeadMap": "redknot.heads",
     "HeadMapError": "redknot.errors",
     "HeadProfile": "redknot.eval.profiling",
@@ -43,7 +52,9 @@ _HOME = {
     "Prefill": "redknot.engine",
     "RedKnot": "redknot.recovery",
     "RedknotError": "redknot.errors",
+    "Sampling": "redknot.engine",
     "SegPagedCache": "redknot.models.seg_paged_cache",
+    "Session": "redknot.engine",
     "SparseFFN": "redknot.models.sparse_ffn",
     "UnknownDocumentError": "redknot.errors",
     "attach": "redknot.models.attach",
@@ -58,6 +69,7 @@ __all__ = [
     "Engine",
     "Explanation",
     "Generation",
+    "GenerationRequest",
     "HeadMap",
     "HeadMapError",
     "HeadProfile",
@@ -67,7 +79,9 @@ __all__ = [
     "Prefill",
     "RedKnot",
     "RedknotError",
+    "Sampling",
     "SegPagedCache",
+    "Session",
     "SparseFFN",
     "UnknownDocumentError",
     "attach",

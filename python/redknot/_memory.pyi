@@ -313,6 +313,9 @@ class SegmentAllocator:
     def session_private_pages(self, session: int) -> int:
         """Distinct pages that nobody but the session holds."""
 
+    def session_swapped_pages(self, session: int) -> int:
+        """Pages that `swap_in` would take for the session."""
+
     def free_pages(self) -> int:
         """Pages that nobody holds."""
 

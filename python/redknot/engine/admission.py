@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from redknot._memory import OutOfPages
+from redknot.engine.chains import Chain, RecoveredChains, chain_key
 from redknot.engine.documents import DocumentCache, Found, place
-from redknot.engine.report import explain
+from redknot.engine.report import explain, explain_shared
 from redknot.engine.results import Prefill
 from redknot.engine.runner import HeadRules, Prompt, Runner
-from redknot.errors import InputError
+from redknot.errors import BudgetError, InputError
 from redknot.heads import HeadMap
 from redknot.recovery import (
     FlopCounter,
@@ -44,6 +45,7 @@ class Admission:
         self._runner = runner
         self._documents = documents
         self._heads = heads
+        self.chains = RecoveredChains(runner.pool)
 
     def check_length(self, num_tokens: int, what: str) -> None:
         """Refuse what is longer than the model's context, with InputError."""
@@ -53,6 +55,14 @@ class Admission:
                 f"{what} have {num_tokens} tokens, more than the model's context of {limit}"
             )
 
+    def check(self, documents: Sequence[str], question_ids: np.ndarray, new_tokens: int) -> None:
+        """Refuse, with InputError, what can never be admitted; nothing is computed."""
+        if isinstance(documents, str):
+            raise InputError("documents must be a list of ids, got one string; write [id]")
+        lengths = [len(self._documents.token_ids(document)) for document in documents]
+        num_tokens = len(self._documents.prefix_ids) + sum(lengths) + len(question_ids)
+        self.check_length(num_tokens + max(new_tokens - 1, 0), "prompt and new tokens")
+
     def admit(
         self,
         documents: Sequence[str],
@@ -60,25 +70,35 @@ class Admission:
         policy: Policy,
         *,
         new_tokens: int,
-        running: Sequence[int] = (),
+        copies: int = 1,
+        reserved: Mapping[int, int] | None = None,
+        share_recovered: bool = False,
     ) -> Admitted:
         """Prefill one request into a new session.
 
-        `new_tokens` more must fit into it, and into every session in `running`, while decoding.
+        `new_tokens` more must fit into each of its `copies` (forks to come), and so many as
+        `reserved` says into every session that it names, while decoding. With `share_recovered` the
+        recovered documents are kept for the next request with the same ones in this order, or taken
+        from an earlier one.
         """
-        if isinstance(documents, str):
-            raise InputError("documents must be a list of ids, got one string; write [id]")
+        self.check(documents, question_ids, new_tokens)
         decoder, allocator = self._runner.decoder, self._runner.pool.allocator
         parts = [self._documents.prefix_ids]
         parts += [self._documents.token_ids(document) for document in documents]
         token_ids = np.concatenate([*parts, question_ids])
-        self.check_length(len(token_ids) + max(new_tokens - 1, 0), "prompt and new tokens")
 
         started = time.perf_counter()
         heads = policy.effective_heads(self._heads)
         windows, sinks = heads.rules(decoder.sliding_windows)
         rules = HeadRules(heads.is_global, windows, sinks)
         keep = self._documents.keys(documents)
+        chain_name = None
+        if share_recovered and policy.reuses_documents and documents:
+            chain_name = chain_key(self._documents.chain(documents), policy, heads)
+            chain = self.chains.find(chain_name)
+            if chain is not None:
+                growth = [len(question_ids) + new_tokens] * copies
+                return self._continue(chain, token_ids, rules, reserved or {}, growth, started)
         prefix: Found | None = None
         found: list[Found] = []
         if policy.reuses_documents:
@@ -91,8 +111,9 @@ class Admission:
         plan = policy.plan(layout, self._heads)
         attached = [item.segment.handle for item in ([prefix] if prefix else []) + found]
         session = self._open_session(
-            attached, layout, plan, rules, keep, running=running, new_tokens=new_tokens
+            attached, layout, plan, rules, keep, reserved or {}, [new_tokens] * copies
         )
+        chain_session = None
         try:
             counter = FlopCounter(decoder.shape)
             logits = self._runner.prefill(
@@ -107,6 +128,8 @@ class Admission:
             if logits.device.type == "cuda":
                 torch.cuda.synchronize(logits.device)
             ttft_seconds = time.perf_counter() - started
+            if chain_name is not None:
+                chain_session = allocator.fork_session(session)
             allocator.expire(session)
             explanation = explain(
                 policy.name,
@@ -121,17 +144,107 @@ class Admission:
                 page_bytes=self._runner.pool.page_bytes,
             )
         except BaseException:
-            allocator.release_session(session)
+            for opened in (session, chain_session):
+                if opened is not None:
+                    allocator.release_session(opened)
             raise
+        ledger = self._ledger(counter, len(token_ids), _offline_flops(found))
+        if chain_name is not None and chain_session is not None:
+            allocator.truncate(chain_session, layout.query_begin)
+            allocator.expire(chain_session)
+            chain = Chain(chain_session, layout.query_begin, explanation, ledger.offline_flops)
+            self.chains.keep(chain_name, chain)
         prefill = Prefill(
             logits=logits,
             token_ids=token_ids.tolist(),
             ttft_seconds=ttft_seconds,
-            ledger=self._ledger(counter, len(token_ids), found),
+            ledger=ledger,
             kv_bytes=explanation.kv_bytes,
             explanation=explanation,
         )
         return Admitted(session, rules, prefill)
+
+    def _continue(
+        self,
+        chain: Chain,
+        token_ids: np.ndarray,
+        rules: HeadRules,
+        reserved: Mapping[int, int],
+        growth: Sequence[int],
+        started: float,
+    ) -> Admitted:
+        """Prefill a question behind documents that an earlier request has recovered."""
+        decoder, allocator = self._runner.decoder, self._runner.pool.allocator
+        question_ids = token_ids[chain.num_tokens :]
+        while True:
+            session = allocator.fork_session(chain.session)
+            try:
+                self._check_room(reserved, session, growth)
+                logits = self._runner.extend(
+                    [session],
+                    torch.as_tensor(question_ids, device=decoder.device),
+                    [len(question_ids)],
+                    [rules],
+                )[0]
+                break
+            except OutOfPages as missing:
+                allocator.release_session(session)
+                what = f"a question of {len(question_ids)} tokens"
+                self.make_room((), missing, what, keep_chain=chain)
+            except BaseException:
+                allocator.release_session(session)
+                raise
+        if logits.device.type == "cuda":
+            torch.cuda.synchronize(logits.device)
+        ttft_seconds = time.perf_counter() - started
+        counter = FlopCounter(decoder.shape)
+        positions = np.arange(chain.num_tokens, len(token_ids))
+        for windows, sinks in zip(rules.windows, rules.sinks, strict=True):
+            counter.query_and_output(len(positions))
+            counter.key_value(len(positions), decoder.shape.num_kv_heads)
+            counter.rotation(
+                len(positions) * (decoder.shape.num_q_heads + decoder.shape.num_kv_heads)
+            )
+            counter.attention(positions, windows, sinks)
+            counter.ffn(len(positions))
+        counter.lm_head()
+        page_bytes = self._runner.pool.page_bytes
+        explanation = explain_shared(
+            chain.explanation,
+            question_tokens=len(positions),
+            num_heads=rules.is_global.size,
+            kv_bytes=allocator.session_pages(session) * page_bytes,
+            private_kv_bytes=allocator.session_private_pages(session) * page_bytes,
+        )
+        prefill = Prefill(
+            logits=logits,
+            token_ids=token_ids.tolist(),
+            ttft_seconds=ttft_seconds,
+            ledger=self._ledger(counter, len(token_ids), chain.offline_flops),
+            kv_bytes=explanation.kv_bytes,
+            explanation=explanation,
+        )
+        return Admitted(session, rules, prefill)
+
+    def make_room(
+        self,
+        keep: Collection[str],
+        missing: OutOfPages,
+        what: str,
+        *,
+        keep_chain: Chain | None = None,
+    ) -> None:
+        """Evict one chain or segment that the request does not need, or raise BudgetError.
+
+        Chains that nobody has shared go first, then documents, then the other chains.
+        """
+        if self.chains.evict_one(shared_too=False, keep=keep_chain):
+            return
+        try:
+            self._documents.make_room(keep, missing, what)
+        except BudgetError:
+            if not self.chains.evict_one(shared_too=True, keep=keep_chain):
+                raise
 
     def _open_session(
         self,
@@ -140,9 +253,8 @@ class Admission:
         plan: RecoveryPlan,
         rules: HeadRules,
         keep: set[str],
-        *,
-        running: Sequence[int],
-        new_tokens: int,
+        reserved: Mapping[int, int],
+        growth: Sequence[int],
     ) -> int:
         """A session with every segment attached and room for all that will be written."""
         pool = self._runner.pool
@@ -157,39 +269,52 @@ class Admission:
                     allocator.append_tokens([session], [num_query_rows], expire_first=False),
                     allocator.make_writable(session, _write_requests(plan, rules.is_global)),
                 ]
-                self._check_room([*running, session], new_tokens)
+                self._check_room(reserved, session, growth)
                 for pages in copies:
                     pool.copy(pages)
                 return session
             except OutOfPages as missing:
                 allocator.release_session(session)
-                self._documents.make_room(keep, missing, f"a prompt of {layout.num_tokens} tokens")
+                self.make_room(keep, missing, f"a prompt of {layout.num_tokens} tokens")
             except BaseException:
                 allocator.release_session(session)
                 raise
 
-    def _check_room(self, sessions: Sequence[int], new_tokens: int) -> None:
-        """Raise OutOfPages unless all sessions could grow by `new_tokens`; takes nothing."""
-        allocator = self._runner.pool.allocator
-        forks = [allocator.fork_session(session) for session in sessions]
-        try:
-            allocator.append_tokens(forks, [new_tokens] * len(forks), expire_first=False)
-        finally:
-            for fork in forks:
-                allocator.release_session(fork)
+    def check_swap_in(self, session: int, reserved: Mapping[int, int], new_tokens: int) -> None:
+        """Raise OutOfPages unless a swapped session can come back and all of them grow."""
+        self._check_room(reserved, session, [new_tokens])
 
-    def _ledger(self, counter: FlopCounter, num_tokens: int, found: list[Found]) -> Ledger:
+    def _check_room(self, reserved: Mapping[int, int], session: int, growth: Sequence[int]) -> None:
+        """Raise OutOfPages unless all sessions could grow so; takes nothing.
+
+        By as many tokens as `reserved` says, and `session` and forks of it by those of `growth`.
+        """
+        allocator = self._runner.pool.allocator
+        sessions = [*reserved, *[session] * len(growth)]
+        needed = allocator.growth_pages(sessions, [*reserved.values(), *growth])
+        needed += allocator.session_swapped_pages(session)
+        free = allocator.free_pages()
+        if needed > free:
+            missing = OutOfPages(f"decoding may need {needed} pages, {free} are free")
+            missing.pages_needed, missing.pages_free = needed, free
+            raise missing
+
+    def _ledger(self, counter: FlopCounter, num_tokens: int, offline_flops: float) -> Ledger:
         decoder = self._runner.decoder
         native = decoder.native_windows()
-        unique = {item.segment.key: item.segment for item in found}
         return Ledger(
             parts=counter.close(),
             dense_flops=dense_prefill_flops(decoder.shape, num_tokens, native),
             prefix_cached_dense_flops=dense_prefill_flops(
                 decoder.shape, num_tokens, native, cached_tokens=len(self._documents.prefix_ids)
             ),
-            offline_flops=sum(segment.offline_flops for segment in unique.values()),
+            offline_flops=offline_flops,
         )
+
+
+def _offline_flops(found: Sequence[Found]) -> float:
+    unique = {item.segment.key: item.segment for item in found}
+    return sum(segment.offline_flops for segment in unique.values())
 
 
 def _layout(token_ids: np.ndarray, prefix: Found | None, found: list[Found]) -> PromptLayout:

@@ -125,6 +125,10 @@ class DocumentCache:
         keys = {key for document in documents for key in self._keys[document].values()}
         return keys | {self._prefix_key()}
 
+    def chain(self, documents: Sequence[str]) -> list[str]:
+        """Keys of the prefix and of `documents`, in order: what a recovered chain is known by."""
+        return [self._prefix_key(), *(self._keys[document][None] for document in documents)]
+
     def clear(self) -> None:
         """Forget every document and drop every segment, the prefix's included."""
         self.store.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,14 @@ from redknot.cache import KVPool, bytes_per_page
 from redknot.engine.admission import Admission
 from redknot.engine.budget import num_pages_of, parse_bytes
 from redknot.engine.documents import DocumentCache
-from redknot.engine.generation import GenerationLoop, Request
+from redknot.engine.generation import GenerationLoop
 from redknot.engine.prompt import PromptFormat, TextOrIds
 from redknot.engine.results import Explanation, Generation, Prefill
 from redknot.engine.runner import Runner
-from redknot.engine.sampling import Sampling
+from redknot.engine.sampling import Sampler, Sampling, TextStream
+from redknot.engine.scheduler import Scheduler
 from redknot.engine.segment_tiers import SegmentTiers
+from redknot.engine.session import GenerationRequest, Session
 from redknot.engine.shared import start_shared
 from redknot.errors import InputError
 from redknot.heads import HeadMap
@@ -143,6 +146,9 @@ class Engine:
         )
         self._admission = Admission(self._runner, self.documents, heads)
         self._lock = threading.RLock()
+        self._scheduler = Scheduler(
+            self._runner, self._admission, self.tokenizer, self.policy, self._lock
+        )
 
     # --- offline ---------------------------------------------------------------------------------
 
@@ -200,6 +206,7 @@ class Engine:
     def clear(self) -> None:
         """Forget every document and give back its pages; the store's other tiers keep theirs."""
         with self._lock:
+            self._admission.chains.clear()
             self.documents.clear()
 
     def flush(self, timeout: float = 60.0) -> bool:
@@ -278,14 +285,20 @@ class Engine:
         -------
         Generation, or list of Generation for a batch
         """
-        requests, is_batch = _requests(documents, question)
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        results: list[Generation] = []
-        for event in self._events(requests, max_new_tokens, policy, sampling, stop):
-            if isinstance(event, list):
-                results = event
-            elif on_text is not None:
-                on_text(*event)
+        batch, is_batch = _requests(documents, question)
+        requests = [
+            GenerationRequest(
+                part,
+                one,
+                max_new_tokens=max_new_tokens,
+                policy=policy,
+                sampling=Sampling(temperature, top_k, top_p, seed).for_request(number),
+                stop=stop,
+                share_recovered=False,
+            )
+            for number, (part, one) in enumerate(batch)
+        ]
+        results = self.run(requests, on_text=on_text)
         return results if is_batch else results[0]
 
     def generate_shared(
@@ -327,7 +340,7 @@ class Engine:
                     ids,
                     policy or self.policy,
                     max_new_tokens=max_new_tokens,
-                    make_room=lambda missing: self.documents.make_room((), missing, "a question"),
+                    make_room=lambda missing: self._admission.make_room((), missing, "a question"),
                 )
                 for _ in loop.run():
                     pass
@@ -350,11 +363,84 @@ class Engine:
         stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """Like `generate` for one request, yielding pieces of text as they become certain."""
-        requests = [(documents, question)]
-        sampling = Sampling(temperature, top_k, top_p, seed)
-        for event in self._events(requests, max_new_tokens, policy, sampling, stop):
-            if isinstance(event, tuple):
-                yield event[1]
+        request = GenerationRequest(
+            documents,
+            question,
+            max_new_tokens=max_new_tokens,
+            policy=policy,
+            sampling=Sampling(temperature, top_k, top_p, seed),
+            stop=stop,
+            share_recovered=False,
+        )
+        (session,) = self.submit(request)
+        return _until_left(session)
+
+    # --- many sessions ---------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest) -> list[Session]:
+        """Queue a request; nothing is computed until somebody reads a session.
+
+        Returns
+        -------
+        list of Session
+            `request.n` of them. Iterate over one for its text, or call `result()`; who waits for
+            one drives all that run, from any thread. Each holds its pages until it is finished or
+            cancelled.
+
+        Raises
+        ------
+        InputError
+            For what can never be admitted.
+        """
+        question_ids = self.format.question_ids(request.question)
+        Sampler(request.sampling, self.decoder.device)
+        TextStream(self.tokenizer, _stops(request.stop))
+        with self._lock:
+            return self._scheduler.submit(request, question_ids)
+
+    def run(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_text: Callable[[int, str], None] | None = None,
+    ) -> list[Generation]:
+        """Answer many requests over one pool: admitted as they fit, decoded together.
+
+        Parameters
+        ----------
+        requests : sequence of GenerationRequest
+            First come, first served. What does not fit yet waits for others to finish.
+        on_text : callable, optional
+            Called with (index of the result, text) as text becomes certain.
+
+        Returns
+        -------
+        list of Generation
+            In the order of `requests`; those of a request with n > 1 lie one behind the other.
+
+        Raises
+        ------
+        BudgetError
+            When one request does not fit into the pool alone; the others are given up.
+        """
+        sessions: list[Session] = []
+        try:
+            for request in requests:
+                sessions += self.submit(request)
+            while not all(session.is_done for session in sessions):
+                with self._lock:
+                    self._scheduler.step()
+                failed = [session.error for session in sessions if session.error is not None]
+                if failed:
+                    raise failed[0]
+                if on_text is not None:
+                    for number, session in enumerate(sessions):
+                        for piece in session.pieces():
+                            on_text(number, piece)
+            return [session.result() for session in sessions]
+        finally:
+            for session in sessions:
+                session.cancel()
 
     def explain(
         self, documents: Sequence[str], question: TextOrIds, *, policy: Policy | None = None
@@ -366,34 +452,23 @@ class Engine:
         """Pages and bytes of the pool by class, and what the store holds."""
         return self.pool.allocator.stats()
 
-    # --- inside ----------------------------------------------------------------------------------
-
-    def _events(
-        self,
-        requests: Sequence[tuple[Sequence[str], TextOrIds]],
-        max_new_tokens: int,
-        policy: Policy | None,
-        sampling: Sampling,
-        stop: Sequence[str],
-    ) -> Iterator[tuple[int, str] | list[Generation]]:
-        """Pieces of text as (request, text); the results come last."""
+    def session_stats(self) -> dict[str, int]:
+        """What became of the requests so far, who runs now, and what recovered chains are kept."""
         with self._lock:
-            loop = self._loop(max_new_tokens, stop)
-            try:
-                for number, (documents, question) in enumerate(requests):
-                    admitted = self._admission.admit(
-                        documents,
-                        self.format.question_ids(question),
-                        policy or self.policy,
-                        new_tokens=max_new_tokens,
-                        running=loop.sessions,
-                    )
-                    request = Request(number, admitted.session, admitted.rules, admitted.prefill)
-                    yield from loop.start(request, sampling)
-                yield from loop.run()
-                yield loop.results()
-            finally:
-                loop.release()
+            scheduler, chains = self._scheduler, self._admission.chains
+            return {
+                "waiting": len(scheduler.waiting),
+                "running": len(scheduler.running),
+                "preempted": len(scheduler.swapped),
+                "paused": len(scheduler.paused),
+                **asdict(scheduler.stats),
+                "swapped_pages": self.kv_stats()["swapped_pages"],
+                "recovered_chains": len(chains),
+                "recovered_chain_pages": chains.pages(),
+                **{f"recovered_chain_{k}": v for k, v in asdict(chains.stats).items()},
+            }
+
+    # --- inside ----------------------------------------------------------------------------------
 
     def _loop(self, max_new_tokens: int, stop: Sequence[str]) -> GenerationLoop:
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
@@ -402,9 +477,21 @@ class Engine:
             self._runner,
             self.tokenizer,
             max_new_tokens=max_new_tokens,
-            stop=[stop] if isinstance(stop, str) else list(stop),
-            make_room=lambda missing: self.documents.make_room((), missing, "a decode step"),
+            stop=_stops(stop),
+            make_room=lambda missing: self._admission.make_room((), missing, "a decode step"),
         )
+
+
+def _stops(stop: Sequence[str]) -> list[str]:
+    return [stop] if isinstance(stop, str) else list(stop)
+
+
+def _until_left(session: Session) -> Iterator[str]:
+    """Text of a session that is cancelled when its reader leaves."""
+    try:
+        yield from session
+    finally:
+        session.cancel()
 
 
 def _requests(documents: Any, question: Any) -> tuple[list[tuple[Sequence[str], TextOrIds]], bool]:

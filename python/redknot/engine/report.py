@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from redknot.engine.results import DocumentReport, Explanation
 from redknot.engine.runner import HeadRules
 from redknot.recovery import Placement, PromptLayout, RecoveryPlan
 
-__all__ = ["explain"]
+__all__ = ["explain", "explain_shared"]
 
 
 def explain(
@@ -71,6 +72,35 @@ def explain(
         documents=tuple(reports),
         kv_bytes=kv_pages * page_bytes,
         private_kv_bytes=private_kv_pages * page_bytes,
+    )
+
+
+def explain_shared(
+    recovered: Explanation,
+    *,
+    question_tokens: int,
+    num_heads: int,
+    kv_bytes: int,
+    private_kv_bytes: int,
+) -> Explanation:
+    """Explain a question behind documents that an earlier request, `recovered`, has recovered."""
+    reason = "recovered before, in this order and under this policy; its pages are shared"
+    return replace(
+        recovered,
+        question_tokens=question_tokens,
+        documents=tuple(
+            replace(
+                document,
+                source="shared",
+                reason=reason,
+                heads_reused=num_heads,
+                heads_refreshed=0,
+                rows_recomputed=0,
+            )
+            for document in recovered.documents
+        ),
+        kv_bytes=kv_bytes,
+        private_kv_bytes=private_kv_bytes,
     )
 
 

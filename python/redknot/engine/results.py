@@ -21,9 +21,10 @@ class DocumentReport:
         As `Engine.add` returned it.
     begin, end : int
         Its true positions, half open.
-    source : {"cached", "loaded", "computed", "not used"}
+    source : {"cached", "loaded", "computed", "shared", "not used"}
         Whether its K/V were in the page pool, came from another tier, had to be computed for this
-        request, or were not asked for.
+        request, are those that an earlier request recovered behind the same documents, or were not
+        asked for.
     reason : str
         Why, in a sentence.
     moved_by : int
@@ -144,6 +145,10 @@ class Generation:
         Bytes of the pages that the session references after prefill.
     first_logits : Tensor
         [vocab_size], of which the first token was chosen.
+    queued_seconds : float
+        From submission to the beginning of the prefill, while others held the pool.
+    num_preemptions : int
+        How often it was swapped out to host memory, and back.
     """
 
     text: str
@@ -156,6 +161,8 @@ class Generation:
     kv_bytes: int
     explanation: Explanation
     first_logits: Tensor
+    queued_seconds: float = 0.0
+    num_preemptions: int = 0
 
     def explain(self) -> Explanation:
         """What was reused, recomputed or missed, and why."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy as copy_of
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +45,10 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
 
+    def for_request(self, number: int) -> Sampling:
+        """The same with `seed + number`: another text for each request of a batch."""
+        return self if self.seed is None else replace(self, seed=self.seed + number)
+
 
 class Sampler:
     """Chooses tokens for one request; Hugging Face's warpers shape the distribution."""
@@ -68,6 +73,13 @@ class Sampler:
             self._generator.seed()
         else:
             self._generator.manual_seed(sampling.seed)
+
+    def fork(self) -> Sampler:
+        """A sampler that draws what this one would draw from here on."""
+        copy = copy_of(self)
+        copy._generator = torch.Generator(self._generator.device)
+        copy._generator.set_state(self._generator.get_state())
+        return copy
 
     def next_token(self, logits: Tensor) -> int:
         """Choose a token from logits [vocab_size]."""
@@ -97,6 +109,12 @@ class TextStream:
         self.text = ""  # as it stands, without the stop string
         self.stopped = False
         self._emitted = 0
+
+    def fork(self) -> TextStream:
+        """A stream that stands where this one stands."""
+        copy = copy_of(self)
+        copy._token_ids = list(self._token_ids)
+        return copy
 
     def put(self, token_id: int) -> str:
         """Add a token and return the text that became certain, perhaps empty."""

@@ -62,7 +62,7 @@ def start_shared(
             questions[members[0]][:common],
             policy,
             new_tokens=max(len(questions[i]) for i in members) - common + max_new_tokens,
-            running=loop.sessions,
+            reserved=dict.fromkeys(loop.sessions, max_new_tokens),
         )
         rest = [questions[i][common:] for i in members]
         if len(members) == 1 and not len(rest[0]):
@@ -74,8 +74,7 @@ def start_shared(
                 allocator.release_session(admitted.session)
         for index, request in zip(members, requests, strict=True):
             numbers[index] = request.number = len(loop.sessions)
-            for _ in loop.start(request, Sampling()):
-                pass  # nobody reads along
+            loop.start(request, Sampling())  # nobody reads along
     return numbers
 
 
