@@ -79,8 +79,8 @@ int64_t SegmentAllocator::growth_pages(const std::vector<SessionId>& sessions,
     for (const Row& row : found.rows) {
       if (num_tokens[i] == 0) continue;
       const int64_t room = impl_->room_in_tail(row, found.length);
-      const bool copies_tail = room > 0 && !memory::is_absent(row.back()) &&
-                               impl_->pool.ref_count(row.back().page) > 1;
+      const bool copies_tail =
+          room > 0 && !memory::is_absent(row.back()) && impl_->pool.ref_count(row.back().page) > 1;
       const int64_t appended =
           copies_tail + ceil_div(std::max<int64_t>(num_tokens[i] - room, 0), page_size);
       // A window of w tokens lies in at most this many pages of the ring, plus sink pages.
