@@ -64,9 +64,39 @@ def test_none_one_and_all(rows: list[int]) -> None:
     torch.testing.assert_close(ffn.run(rows), want)
 
 
-def test_more_rows_than_one_pass_takes() -> None:
-    ffn = Ffn(2500, 16, 24, torch.float32)
-    torch.testing.assert_close(ffn.run(list(range(2500))), ffn.exact(torch.float64).float())
+@pytest.mark.parametrize("rows", [1024, 1025, 2500])
+def test_more_rows_than_one_pass_takes(rows: int) -> None:
+    ffn = Ffn(rows, 16, 24, torch.float32)
+    torch.testing.assert_close(ffn.run(list(range(rows))), ffn.exact(torch.float64).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", isas())
+def test_rms_norm(isa: str, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(0)
+    wide = torch.randn(9, 2, 100, generator=rng).to(dtype)
+    x, weight = wide[:, 1], torch.randn(100, generator=rng).to(dtype)  # strided rows
+
+    def norm(as_dtype: torch.dtype) -> Tensor:
+        wide_x = x.float() if as_dtype is dtype else x.to(as_dtype)
+        scaled = wide_x * torch.rsqrt(wide_x.pow(2).mean(-1, keepdim=True) + EPS)
+        return scaled.to(as_dtype) * weight.to(as_dtype)
+
+    with use_isa(isa):
+        out = ops.rms_norm(x, weight, EPS)
+    assert out.is_contiguous()
+    assert_close(out, norm(torch.float64), norm(dtype))
+
+
+def test_rms_norm_errors() -> None:
+    x = torch.randn(3, 16)
+    for args, message in [
+        ((x[0], x[0]), "x must be float32, bfloat16 or float16 [num_rows, hidden_dim], got "
+         "float32 [16]"),
+        ((x, x[0, :8]), "weight must be float32 (like x) [hidden_dim = 16], got float32 [8]"),
+    ]:  # fmt: skip
+        with raises("rms_norm: " + message):
+            ops.rms_norm(*args, EPS)
 
 
 def test_large_activations_do_not_overflow() -> None:

@@ -71,6 +71,7 @@ def cases() -> dict[str, Case]:
         "token_importance": (RAW.token_importance, (k,), {}),
         "select_tokens": (RAW.select_tokens, (torch.rand(7), int32(0, 3, 7), 0.5, 1, 1), {}),
         "gathered_ffn": (RAW.gathered_ffn, ffn, {}),
+        "rms_norm": (RAW.rms_norm, (torch.randn(3, 16), torch.randn(16), 1e-6), {}),
     }  # fmt: skip
 
 

@@ -13,9 +13,17 @@
 namespace redknot::binding {
 namespace {
 
-// Rows per pass: enough for the GEMMs to run at full speed, few enough that the workspace stays
-// below 3 * ffn_dim + 2 * hidden_dim elements of 1024 rows.
-constexpr int64_t kChunkRows = 1024;
+// Rows per pass at most: enough for the GEMMs to run at full speed, few enough that the workspace
+// stays below 3 * ffn_dim + 2 * hidden_dim elements of 1024 rows.
+constexpr int64_t kMaxChunkRows = 1024;
+
+// Passes of equal size: a short last one would cost more than its rows. In steps of 16, the rows of
+// a GEMM's tile.
+int64_t rows_per_chunk(int64_t num_rows) {
+  const int64_t num_chunks = (num_rows + kMaxChunkRows - 1) / kMaxChunkRows;
+  const int64_t rows = (num_rows + num_chunks - 1) / std::max<int64_t>(num_chunks, 1);
+  return std::max<int64_t>((rows + 15) / 16 * 16, 16);
+}
 
 struct FfnShape {
   int64_t hidden_dim;
@@ -139,7 +147,8 @@ void gathered_ffn(const Tensor& residual,
     args.check(!seen[rows[i]], "indices must be unique, got ", rows[i], " again at ", i);
     seen[rows[i]] = true;
   }
-  for (int64_t begin = 0; begin < num_rows; begin += kChunkRows) {
+  const int64_t chunk_rows = rows_per_chunk(num_rows);
+  for (int64_t begin = 0; begin < num_rows; begin += chunk_rows) {
     ffn_chunk(shape,
               residual,
               norm_weight,
@@ -148,11 +157,33 @@ void gathered_ffn(const Tensor& residual,
               w_up,
               w_down,
               rows + begin,
-              std::min(kChunkRows, num_rows - begin));
+              std::min(chunk_rows, num_rows - begin));
   }
 }
 
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  const Arguments args("rms_norm");
+  const DType dtype = args.floating("x", x, {"num_rows", "hidden_dim"});
+  args.floating("weight", weight, {{"hidden_dim", x.size(1)}}, "x", dtype);
+  const Tensor out = rows_like(x, x.size(0), x.size(1));
+  cpu::gather_norm(
+      {
+          .residual = x.data_ptr(),
+          .weight = weight.data_ptr(),
+          .indices = nullptr,
+          .out = out.data_ptr(),
+          .num_rows = x.size(0),
+          .hidden_dim = x.size(1),
+          .residual_stride = x.stride(0),
+          .eps = static_cast<float>(eps),
+          .dtype = dtype,
+      },
+      torch_executor());
+  return out;
+}
+
 void add_ops(torch::stable::detail::StableLibrary& m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("gathered_ffn", TORCH_BOX(&gathered_ffn));
 }
 

@@ -13,7 +13,7 @@ namespace redknot {
 struct GatherNormParams {
   const void* residual = nullptr;    // [num_tokens, hidden_dim]
   const void* weight = nullptr;      // [hidden_dim]
-  const int32_t* indices = nullptr;  // [num_rows]
+  const int32_t* indices = nullptr;  // [num_rows], null: row i of the residual
   void* out = nullptr;               // [num_rows, hidden_dim], contiguous
   int64_t num_rows = 0;
   int64_t hidden_dim = 0;

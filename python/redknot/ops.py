@@ -18,6 +18,7 @@ __all__ = [
     "copy_pages",
     "gathered_ffn",
     "merge_states",
+    "rms_norm",
     "rope_realign",
     "rope_realign_pages",
     "seg_paged_attention",
@@ -334,6 +335,24 @@ def gathered_ffn(
     )
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of every row, rounded as Hugging Face's modules round.
+
+    Parameters
+    ----------
+    x : Tensor [num_rows, hidden_dim]
+        Only the last dimension must be contiguous.
+    weight : Tensor [hidden_dim]
+    eps : float
+
+    Returns
+    -------
+    Tensor [num_rows, hidden_dim]
+        ``round(x / rms) * weight`` with an fp32 variance; contiguous.
+    """
+    return _ops.rms_norm(x, weight, eps)
+
+
 def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -374,6 +393,10 @@ def _fake_select_tokens(
     )
 
 
+def _fake_rms_norm(x: Tensor, *args: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def _fake_merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -396,6 +419,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "token_importance": _fake_token_importance,
     "select_tokens": _fake_select_tokens,
     "gathered_ffn": _fake_in_place,
+    "rms_norm": _fake_rms_norm,
     "merge_states": _fake_merge_states,
 }
 for _name, _fake in _FAKES.items():

@@ -120,8 +120,8 @@ void gather_norm(const GatherNormParams& params, int64_t begin, int64_t end) {
     const auto* weight = static_cast<const T*>(params.weight);
     const int64_t dim = params.hidden_dim;
     for (int64_t i = begin; i < end; ++i) {
-      const T* x =
-          static_cast<const T*>(params.residual) + params.indices[i] * params.residual_stride;
+      const int64_t row = params.indices == nullptr ? i : params.indices[i];
+      const T* x = static_cast<const T*>(params.residual) + row * params.residual_stride;
       T* out = static_cast<T*>(params.out) + i * dim;
       const float variance = sum_of_squares(x, dim) / static_cast<float>(dim);
       const Vec scale = broadcast(1.0f / __builtin_sqrtf(variance + params.eps));

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 
 from redknot import ops
 from redknot.errors import ModelError
-from redknot.models.families import family_of, shape_of
+from redknot.models.families import FAMILIES, family_of, shape_of
 from redknot.models.hf_compat import backbone_of
 
 __all__ = ["Decoder"]
 
 # Rows that pass an FFN at once: bounds the [rows, ffn_dim] workspace, large enough for the GEMMs.
 _FFN_CHUNK_ROWS = 4096
+# Classes whose modules the fused operators stand for, as torch and transformers name them.
+_SILU = {"SiLU", "SiLUActivation"}
+_RMS_NORMS = {f"{model_type.capitalize()}RMSNorm" for model_type in FAMILIES}
 
 
 class Decoder:
@@ -77,6 +80,7 @@ class Decoder:
             rotary.attention_scaling**2
         )
         self._head_columns: dict[tuple[int, tuple[int, ...]], tuple[Tensor, ...]] = {}
+        self._every_row = torch.empty(0, dtype=torch.int32, device=self.device)
 
     # --- a layer, step by step -------------------------------------------------------------------
 
@@ -86,14 +90,14 @@ class Decoder:
 
     def attention_norm(self, layer: int, hidden: Tensor) -> Tensor:
         """The norm in front of a layer's projections."""
-        return self._layers[layer].input_layernorm(hidden)
+        return _normed(self._layers[layer].input_layernorm, hidden)
 
     def query(self, layer: int, normed: Tensor, positions: Tensor) -> Tensor:
         """Queries [num_rows, num_q_heads, head_dim], rotated at `positions` [num_rows] int32."""
         attention = self._layers[layer].self_attn
         q = attention.q_proj(normed).view(len(normed), self.shape.num_q_heads, -1)
         if self.family.qk_norm:
-            q = attention.q_norm(q)
+            q = _normed(attention.q_norm, q)
         return ops.rope_realign(q, positions, self.inv_freq)
 
     def key_value(
@@ -113,7 +117,7 @@ class Decoder:
                 for projection in (attention.k_proj, attention.v_proj)
             )
         if self.family.qk_norm:
-            k = attention.k_norm(k)
+            k = _normed(attention.k_norm, k)
         return ops.rope_realign(k, positions, self.inv_freq), v
 
     def _some_heads(
@@ -151,13 +155,23 @@ class Decoder:
         return _is_plain_linear(attention.k_proj) and _is_plain_linear(attention.v_proj)
 
     def add_attention(self, layer: int, hidden: Tensor, attention_out: Tensor) -> Tensor:
-        """Hidden + O(attention_out), with attention_out [num_rows, num_q_heads, head_dim]."""
-        return hidden + self._layers[layer].self_attn.o_proj(attention_out.flatten(1))
+        """Hidden + O(attention_out), with attention_out [num_rows, num_q_heads, head_dim].
+
+        A new tensor: whoever keeps `hidden` still has what came into the layer.
+        """
+        added = self._layers[layer].self_attn.o_proj(attention_out.flatten(1))
+        return torch.add(hidden, added, out=added)
 
     def add_ffn(self, layer: int, hidden: Tensor) -> Tensor:
         """Add the FFN of every row to `hidden`, in place."""
+        if self._fuses_ffn(layer):
+            num_rows = len(hidden)
+            if len(self._every_row) < num_rows:
+                self._every_row = torch.arange(num_rows, dtype=torch.int32, device=self.device)
+            count = torch.tensor([num_rows], dtype=torch.int32, device=self.device)
+            return self._fused_ffn(layer, hidden, self._every_row[:num_rows], count)
         block = self._layers[layer]
-        for chunk in hidden.split(_FFN_CHUNK_ROWS):
+        for chunk in _even_split(hidden):
             chunk += block.mlp(block.post_attention_layernorm(chunk))
         return hidden
 
@@ -166,30 +180,42 @@ class Decoder:
 
         `indices` [num_rows] int32 (padded), `count` [1] int32, both on the model's device.
         """
+        if self._fuses_ffn(layer):
+            return self._fused_ffn(layer, hidden, indices, count)
+        block = self._layers[layer]
+        for chunk in _even_split(indices[: int(count)].long()):
+            hidden[chunk] += block.mlp(block.post_attention_layernorm(hidden[chunk]))
+        return hidden
+
+    def _fuses_ffn(self, layer: int) -> bool:
+        """Whether a layer's norm and FFN are what `gathered_ffn` computes."""
         block = self._layers[layer]
         mlp = block.mlp
         plain = all(_is_plain_linear(m) and m.bias is None for m in _ffn_projections(mlp))
-        if plain and isinstance(mlp.act_fn, nn.SiLU):
-            norm = block.post_attention_layernorm
-            ops.gathered_ffn(
-                hidden,
-                norm.weight,
-                norm.variance_epsilon,
-                mlp.gate_proj.weight,
-                mlp.down_proj.weight,
-                indices,
-                count,
-                w_up=mlp.up_proj.weight,
-            )
-            return hidden
-        rows = indices[: int(count)].long()
-        for chunk in rows.split(_FFN_CHUNK_ROWS):
-            hidden[chunk] += mlp(block.post_attention_layernorm(hidden[chunk]))
+        return (
+            plain
+            and type(mlp.act_fn).__name__ in _SILU
+            and _is_plain_norm(block.post_attention_layernorm)
+        )
+
+    def _fused_ffn(self, layer: int, hidden: Tensor, indices: Tensor, count: Tensor) -> Tensor:
+        block = self._layers[layer]
+        norm, mlp = block.post_attention_layernorm, block.mlp
+        ops.gathered_ffn(
+            hidden,
+            norm.weight,
+            norm.variance_epsilon,
+            mlp.gate_proj.weight,
+            mlp.down_proj.weight,
+            indices,
+            count,
+            w_up=mlp.up_proj.weight,
+        )
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [num_rows, vocab_size] of hidden states after the last layer."""
-        return self.model.lm_head(self._backbone.norm(hidden))
+        return self.model.lm_head(_normed(self._backbone.norm, hidden))
 
     # --- what the store and the ledger ask -------------------------------------------------------
 
@@ -203,6 +229,29 @@ def _ffn_projections(mlp: nn.Module) -> tuple[Any, Any, Any]:
     return mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is nothing but x W^T + b, so that its weight may be used directly."""
-    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+    return type(module) is nn.Linear and not _has_hooks(module)
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    """Whether a module is a family's own RMS norm, which `rms_norm` computes."""
+    return type(module).__name__ in _RMS_NORMS and not _has_hooks(module)
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    """A norm of the last dimension, fused where it is plain."""
+    if not _is_plain_norm(norm):
+        return norm(x)
+    return ops.rms_norm(x.reshape(-1, x.shape[-1]), norm.weight, norm.variance_epsilon).view(
+        x.shape
+    )
+
+
+def _even_split(rows: Tensor) -> tuple[Tensor, ...]:
+    """Chunks of at most `_FFN_CHUNK_ROWS`, equally long: a GEMM of few rows is slow."""
+    return rows.tensor_split(max(1, -(-len(rows) // _FFN_CHUNK_ROWS)))
