@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from redknot import _memory, ops
+from redknot.cache.page_selection import PageSelector, select_pages
 from redknot.cache.swap import SwapSpace
 
 __all__ = ["KVPool", "bytes_per_page"]
@@ -149,13 +150,28 @@ class KVPool:
         row_sink: Tensor,
         inv_freq: Tensor | None = None,
         softmax_scale: float | None = None,
+        selectors: Sequence[PageSelector | None] = (),
     ) -> Tensor:
         """Attention of q [num_tokens, num_q_heads, head_dim] over the sessions' rows of a layer.
 
         `cu_seqlens_q` [num_sessions + 1] and `q_positions` [num_tokens] are int32, `row_window`
-        and `row_sink` [num_sessions * num_kv_heads] int32; returns a tensor like q.
+        and `row_sink` [num_sessions * num_kv_heads] int32; returns a tensor like q. `selectors`,
+        one for each session, say which pages retrieval heads read.
         """
         row_indptr, page_refs = self.allocator.rows(list(sessions), layer)
+        if any(selectors):
+            row_indptr, page_refs = select_pages(
+                selectors,
+                sessions,
+                cu_seqlens_q.diff().tolist(),
+                layer,
+                q,
+                self.k_cache,
+                row_indptr,
+                page_refs,
+                softmax_scale=softmax_scale,
+                inv_freq=inv_freq,
+            )
         out, _ = ops.seg_paged_attention(
             q,
             self.k_cache,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from redknot._memory import OutOfPages
+from redknot.cache.page_selection import PageSelector
 from redknot.engine.chains import Chain, RecoveredChains, chain_key
 from redknot.engine.documents import DocumentCache, Found, place
 from redknot.engine.report import explain, explain_shared
@@ -90,7 +91,7 @@ class Admission:
         started = time.perf_counter()
         heads = policy.effective_heads(self._heads)
         windows, sinks = heads.rules(decoder.sliding_windows)
-        rules = HeadRules(heads.is_global, windows, sinks)
+        rules = HeadRules(heads.is_global, windows, sinks, PageSelector.of(heads))
         keep = self._documents.keys(documents)
         chain_name = None
         if share_recovered and policy.reuses_documents and documents:

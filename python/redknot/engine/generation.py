@@ -43,6 +43,7 @@ class Request:
 
     def result(self) -> Generation:
         """What was generated, and what it cost."""
+        selector = self.rules.selector
         return Generation(
             text=self.text.text,
             token_ids=list(self.token_ids),
@@ -56,6 +57,7 @@ class Request:
             first_logits=self.prefill.logits,
             queued_seconds=self.queued_seconds,
             num_preemptions=self.num_preemptions,
+            retrieval_page_share=None if selector is None else selector.page_share,
         )
 
 

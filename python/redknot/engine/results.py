@@ -149,6 +149,8 @@ class Generation:
         From submission to the beginning of the prefill, while others held the pool.
     num_preemptions : int
         How often it was swapped out to host memory, and back.
+    retrieval_page_share : float or None
+        Share of their pages that retrieval heads read while decoding; None without such heads.
     """
 
     text: str
@@ -163,6 +165,7 @@ class Generation:
     first_logits: Tensor
     queued_seconds: float = 0.0
     num_preemptions: int = 0
+    retrieval_page_share: float | None = None
 
     def explain(self) -> Explanation:
         """What was reused, recomputed or missed, and why."""

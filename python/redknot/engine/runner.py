@@ -11,6 +11,7 @@ from torch import Tensor
 
 from redknot import ops
 from redknot.cache import KVPool
+from redknot.cache.page_selection import PageSelector
 from redknot.models.decoder import Decoder
 from redknot.recovery import FfnRule, FlopCounter, LayerPlan, PromptLayout, RecoveryPlan
 
@@ -27,6 +28,7 @@ class HeadRules:
     is_global: np.ndarray
     windows: np.ndarray
     sinks: np.ndarray
+    selector: PageSelector | None = None  # which pages retrieval heads read while decoding
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,7 @@ class Runner:
                 row_sink=self._tensor(np.concatenate([r.sinks[layer] for r in rules])),
                 inv_freq=decoder.inv_freq,
                 softmax_scale=decoder.softmax_scale,
+                selectors=[r.selector for r in rules],
             )
             hidden = decoder.add_attention(layer, hidden, out)
             hidden = decoder.add_ffn(layer, hidden)

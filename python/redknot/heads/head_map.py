@@ -37,14 +37,14 @@ class HeadMap:
     ----------
     classes : sequence of sequences of str, [num_layers][num_kv_heads]
         "global", "local", "retrieval" or "dense", or an alias of local: "local_full", "limited",
-        "streaming", "sink_dominant". All but local count as global; `retrieval` executes as
-        global for now.
+        "streaming", "sink_dominant". All but local count as global; a `retrieval` head reads,
+        while decoding, only the pages that carry `retrieval_top_p` of its mass.
     window : int or [num_layers][num_kv_heads], optional
         Newest tokens that a local head sees, itself included; read for local heads only.
     sink : int or [num_layers][num_kv_heads], optional
         First tokens that a local head sees for ever.
     retrieval_top_p : float, optional
-        Share of the score mass that a retrieval head is meant to attend to.
+        Share of the score mass whose pages a retrieval head reads while decoding; 1: all pages.
     dense_prefix_layers : int, optional
         The first layers whose heads are all global, whatever their class says.
     metadata : mapping, optional
@@ -218,6 +218,13 @@ class HeadMap:
         return self._is_global
 
     @property
+    def is_retrieval(self) -> NDArray[np.bool_]:
+        """Heads of class retrieval outside the dense prefix; they are global ones."""
+        found = np.array([[kind == "retrieval" for kind in row] for row in self._classes])
+        found[: self._dense_prefix_layers] = False
+        return found
+
+    @property
     def windows(self) -> NDArray[np.int32]:
         """Window of each head, [num_layers, num_kv_heads]; -1 for a global head."""
         return self._windows
@@ -229,7 +236,7 @@ class HeadMap:
 
     @property
     def retrieval_top_p(self) -> float:
-        """Share of the score mass that a retrieval head is meant to attend to."""
+        """Share of the score mass whose pages a retrieval head reads while decoding."""
         return self._retrieval_top_p
 
     @property
