@@ -2,9 +2,9 @@
 
     python benchmarks/profile_memory.py [--layers 8] [--context 8192] [--json FILE]
 
-Hidden 2,048, FFN 8,192, 32 query and 8 KV heads of 64 dimensions, a vocabulary of 128,256, bf16: the
-layers of Llama-3.2-1B. Heads of random weights all matter a little, so that `--min-kl` decides how
-many groups are run; the peak is that of one run, whatever their number.
+Hidden 2,048, FFN 8,192, 32 query and 8 KV heads of 64 dimensions, a vocabulary of 128,256, bf16:
+the layers of Llama-3.2-1B. `--min-kl` decides how many groups are run; the peak is that of one run,
+whatever their number.
 """
 
 from __future__ import annotations
