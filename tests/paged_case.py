@@ -25,7 +25,7 @@ def isas() -> list[str]:
         return True
 
     best = torch.ops.redknot._cpu_isa("")
-    found = [isa for isa in ("default", "avx2", "avx512") if has(isa)]
+    found = [isa for isa in ("default", "avx2", "avx512", "amx") if has(isa)]
     torch.ops.redknot._cpu_isa(best)
     return found
 

@@ -1,5 +1,9 @@
 #include "dispatch.h"
 
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <cstring>
 
@@ -14,6 +18,27 @@ struct Isa {
   bool (*supported)();
 };
 
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
+         __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0 &&
+         __builtin_cpu_supports("avx512bf16") != 0;
+}
+
+// The processor has bf16 tiles and the kernel lets this process use them. The permission covers
+// every thread, lasts for the life of the process and may be asked for again.
+bool has_amx() {
+  unsigned eax = 0;
+  unsigned ebx = 0;
+  unsigned ecx = 0;
+  unsigned edx = 0;
+  constexpr unsigned kBf16Tiles = 1u << 22 | 1u << 24;
+  if (!has_avx512() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kBf16Tiles) != kBf16Tiles) return false;
+  constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 // Best last.
 constexpr Isa kIsas[] = {
     {"default", &isa_default::kKernels, [] { return true; }},
@@ -23,13 +48,8 @@ constexpr Isa kIsas[] = {
        return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
               __builtin_cpu_supports("f16c") != 0;
      }},
-    {"avx512",
-     &isa_avx512::kKernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
-              __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0 &&
-              __builtin_cpu_supports("avx512bf16") != 0;
-     }},
+    {"avx512", &isa_avx512::kKernels, has_avx512},
+    {"amx", &isa_amx::kKernels, has_amx},
 };
 
 const Isa* best_isa() {

@@ -57,5 +57,8 @@ extern const Kernels kKernels;
 namespace isa_avx512 {
 extern const Kernels kKernels;
 }
+namespace isa_amx {  // isa_avx512 with bf16 prefill on tiles
+extern const Kernels kKernels;
+}
 
 }  // namespace redknot::cpu

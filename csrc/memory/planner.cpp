@@ -75,10 +75,12 @@ void add_tile(const PlanInput& input, int64_t row, int32_t q_begin, int32_t q_en
 Items make_items(const PlanInput& input) {
   Items out;
   if (input.num_kv_heads == 0) return out;
-  const int64_t step = tile_tokens(input.num_q_heads / input.num_kv_heads);
   for (int64_t row = 0; row < input.num_seqs * input.num_kv_heads; ++row) {
     const int64_t seq = row / input.num_kv_heads;
     const int64_t q_end = input.cu_seqlens_q[seq + 1];
+    const int64_t step = tile_tokens(q_end - input.cu_seqlens_q[seq],
+                                     input.num_q_heads,
+                                     input.num_q_heads / input.num_kv_heads);
     for (int64_t q = input.cu_seqlens_q[seq]; q < q_end; q += step) {
       add_tile(input,
                row,
@@ -107,7 +109,7 @@ bool items_in_range(const PlanInput& input, const PlanView& plan) {
     const int64_t query_rows = (int64_t{item.q_end} - item.q_begin) * group;
     const bool queries = input.cu_seqlens_q[seq] <= item.q_begin && item.q_begin < item.q_end &&
                          item.q_end <= input.cu_seqlens_q[seq + 1] &&
-                         item.q_end - item.q_begin <= tile_tokens(group);
+                         item.q_end - item.q_begin <= max_tile_tokens(group);
     const bool refs = input.row_indptr[item.row] <= item.ref_begin &&
                       item.ref_begin <= item.ref_end &&
                       item.ref_end <= input.row_indptr[item.row + 1];

@@ -25,7 +25,7 @@ void scatter_add(const ScatterAddParams& params, const Executor& executor);
 int64_t dot_roof(const DotRoofParams& params, const Executor& executor);
 float read_roof(const ReadRoofParams& params, const Executor& executor);
 
-// The instruction set in use: "default", "avx2" or "avx512". Choosing one is for tests; false when
+// The instruction set in use: "default", "avx2", "avx512" or "amx". Choosing one is for tests; false when
 // this machine lacks it or nobody knows it.
 const char* isa_name();
 bool use_isa(const char* name);

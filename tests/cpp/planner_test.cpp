@@ -159,7 +159,7 @@ TEST(items_cover_every_query_and_page_once) {
   for (const int64_t workers : {1, 2, 7}) {
     std::map<std::pair<int32_t, int32_t>, std::vector<int32_t>> seen;  // (row, query) -> pages
     for (const WorkItem& item : items_of(make_plan(input, workers))) {
-      CHECK(item.q_end - item.q_begin <= tile_tokens(4));
+      CHECK(item.q_end - item.q_begin <= max_tile_tokens(4));
       for (int32_t q = item.q_begin; q < item.q_end; ++q) {
         auto& refs = seen[{item.row, q}];
         refs.resize(rows.row_indptr[item.row + 1] - rows.row_indptr[item.row]);

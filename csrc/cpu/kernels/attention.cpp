@@ -4,21 +4,36 @@
 // order.
 #include "attention.h"
 
+#if defined(REDKNOT_ISA_AMX)
+#include "amx_attention.h"
+#endif
 #include "panel_attention.h"
 #include "row_attention.h"
 
 namespace redknot::cpu::REDKNOT_ISA {
 namespace {
 
+// What prefills tensors of element type T.
+template <typename T>
+struct ManyRows {
+  using Type = PanelAttention<T>;
+};
+#if defined(REDKNOT_ISA_AMX)
+template <>
+struct ManyRows<BFloat16> {
+  using Type = AmxAttention<BFloat16>;
+};
+#endif
+
 // A tile with fewer query rows than lanes would leave lanes idle in a panel.
 bool use_rows(int64_t query_rows) { return query_rows < kLanes; }
 
-template <typename T, template <typename> class Attention>
+template <typename Attention, typename T>
 void run(const SegPagedAttentionParams& params,
          const Queries<T>& queries,
          const WorkItem& item,
          float* scratch) {
-  Attention<T> attention(params, queries, scratch);
+  Attention attention(params, queries, scratch);
   for_each_key_tile<T>(params, queries, item, [&](KeyTile& tile, const KeyTile* next) {
     attention.consume(tile, next);
   });
@@ -33,12 +48,12 @@ void run(const SegPagedAttentionParams& params,
 
 int64_t attention_scratch_bytes(const SegPagedAttentionParams& params) {
   const int64_t group = params.group_size();
-  const int64_t rows = tile_tokens(group) * group;
+  const int64_t rows = max_tile_tokens(group) * group;
   return dispatch_dtype(params.pool.dtype, [&](auto element) {
     using T = decltype(element);
     const int64_t head_dim = params.pool.head_dim;
     return int64_t{sizeof(float)} *
-           std::max(PanelAttention<T>::scratch_floats(rows, head_dim),
+           std::max(ManyRows<T>::Type::scratch_floats(rows, head_dim),
                     RowAttention<T>::scratch_floats(std::min<int64_t>(rows, kLanes), head_dim));
   });
 }
@@ -52,9 +67,9 @@ void attention_item(const SegPagedAttentionParams& params,
     const Queries<T> queries(params, rotations, item);
     auto* floats = static_cast<float*>(scratch);
     if (use_rows(queries.rows())) {
-      run<T, RowAttention>(params, queries, item, floats);
+      run<RowAttention<T>>(params, queries, item, floats);
     } else {
-      run<T, PanelAttention>(params, queries, item, floats);
+      run<typename ManyRows<T>::Type>(params, queries, item, floats);
     }
   });
 }
