@@ -51,6 +51,35 @@ def test_every_instruction_set(isa: str, dtype: torch.dtype) -> None:
         check(ragged(dtype, 8, 64))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", isas())
+def test_scores_that_rise_with_every_key(isa: str, dtype: torch.dtype) -> None:
+    rows = paged_rows([[(0, 300, 0)]], [range(60, 300)], group=2)
+    rows.q[:] = torch.linspace(0.2, 1.0, 32)
+    steps = torch.linspace(-20, 60, 300).unsqueeze(1) + torch.randn(300, 32)
+    for page, first, valid, _ in rows.page_refs.tolist():
+        rows.k_cache[page, :valid] = steps[first : first + valid]
+    floats = ("q", "k_cache", "v_cache")
+    with use_isa(isa):
+        check(replace(rows, **{name: getattr(rows, name).to(dtype) for name in floats}))
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_longest_tiles_of_queries(isa: str) -> None:
+    rows = paged_rows(
+        [[(0, 530, 0)]],
+        [range(18, 530)],
+        group=32,
+        page_size=64,
+        window=300,
+        sink=10,
+        dtype=torch.bfloat16,
+    )
+    with use_isa(isa):
+        check(rows)
+        check(replace(rows, row_window=torch.tensor([-1], dtype=torch.int32)))
+
+
 # Keys of one row, query positions, window, sink.
 REACH = {
     "one_token": ([(0, 1, 0)], [0], -1, 0),
@@ -126,8 +155,9 @@ def test_no_queries(queries: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("scale", [0.5, -0.3, 0.0])
-def test_softmax_scale(scale: float) -> None:
-    check(ragged(torch.float32, 4, 32), softmax_scale=scale)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_softmax_scale(scale: float, dtype: torch.dtype) -> None:
+    check(ragged(dtype, 4, 32), softmax_scale=scale)
 
 
 def test_large_scores() -> None:
@@ -135,13 +165,16 @@ def test_large_scores() -> None:
     check(replace(rows, q=rows.q * 1000))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("group", [1, 16])
-def test_visible_nan_and_infinity_come_out(group: int) -> None:
-    rows = paged_rows([[(0, 40, 0)]], [range(40)], group=group)
+def test_visible_nan_and_infinity_come_out(group: int, isa: str, dtype: torch.dtype) -> None:
+    rows = paged_rows([[(0, 40, 0)]], [range(40)], group=group, dtype=dtype)
     page = rows.page_refs[1, 0]
     for value in (torch.nan, torch.inf):
         rows.k_cache[page, 4] = value  # position 20
-        out, _ = ops.seg_paged_attention(*rows.args())
+        with use_isa(isa):
+            out, _ = ops.seg_paged_attention(*rows.args())
         assert out[:20].isfinite().all() and not out[20:].isfinite().any()
 
 
@@ -180,19 +213,27 @@ def test_rotation_offset_equals_moved_keys() -> None:
     torch.testing.assert_close(out, want, rtol=0, atol=5e-6)
 
 
-def test_page_numbers_do_not_matter() -> None:
+@pytest.mark.parametrize("isa", isas())
+def test_page_numbers_do_not_matter(isa: str) -> None:
     rows = ragged(torch.bfloat16, 4, 64)
-    out, lse = ops.seg_paged_attention(*rows.args(), return_lse=True)
     order = torch.randperm(len(rows.k_cache))
     refs = rows.page_refs.clone()
     refs[:, 0] = torch.argsort(order)[refs[:, 0].long()]
     moved = replace(rows, k_cache=rows.k_cache[order], v_cache=rows.v_cache[order], page_refs=refs)
-    again = ops.seg_paged_attention(*moved.args(), return_lse=True)
+    with use_isa(isa):
+        out, lse = ops.seg_paged_attention(*rows.args(), return_lse=True)
+        again = ops.seg_paged_attention(*moved.args(), return_lse=True)
     assert torch.equal(again[0], out) and torch.equal(again[1], lse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_plans_and_runs_agree_bitwise(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("isa", isas())
+def test_threads_plans_and_runs_agree_bitwise(isa: str, dtype: torch.dtype) -> None:
+    with use_isa(isa):
+        check_bitwise(dtype)
+
+
+def check_bitwise(dtype: torch.dtype) -> None:
     rows = paged_rows(
         [[(0, 1500, 0)], [(0, 400, 0)], [(0, 300, 0)], [(0, 90, 0)]],
         [[1499], range(100, 300)],

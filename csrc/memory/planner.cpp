@@ -78,9 +78,8 @@ Items make_items(const PlanInput& input) {
   for (int64_t row = 0; row < input.num_seqs * input.num_kv_heads; ++row) {
     const int64_t seq = row / input.num_kv_heads;
     const int64_t q_end = input.cu_seqlens_q[seq + 1];
-    const int64_t step = tile_tokens(q_end - input.cu_seqlens_q[seq],
-                                     input.num_q_heads,
-                                     input.num_q_heads / input.num_kv_heads);
+    const int64_t step = tile_tokens(
+        q_end - input.cu_seqlens_q[seq], input.num_q_heads, input.num_q_heads / input.num_kv_heads);
     for (int64_t q = input.cu_seqlens_q[seq]; q < q_end; q += step) {
       add_tile(input,
                row,

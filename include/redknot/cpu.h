@@ -25,8 +25,8 @@ void scatter_add(const ScatterAddParams& params, const Executor& executor);
 int64_t dot_roof(const DotRoofParams& params, const Executor& executor);
 float read_roof(const ReadRoofParams& params, const Executor& executor);
 
-// The instruction set in use: "default", "avx2", "avx512" or "amx". Choosing one is for tests; false when
-// this machine lacks it or nobody knows it.
+// The instruction set in use: "default", "avx2", "avx512" or "amx". Choosing one is for tests;
+// false when this machine lacks it or nobody knows it.
 const char* isa_name();
 bool use_isa(const char* name);
 

@@ -77,8 +77,9 @@ constexpr int64_t kDecodeRows = 16;
 // Tokens per tile of a sequence of `num_tokens` queries; from its own shape alone.
 constexpr int64_t tile_tokens(int64_t num_tokens, int64_t num_q_heads, int64_t group_size) {
   const int64_t share = num_tokens * num_q_heads / kTilesPerSequence;
-  const int64_t rows =
-      share >= kMaxTileRows ? kMaxTileRows : (share >= 4 * kMinTileRows ? 4 * kMinTileRows : kMinTileRows);
+  const int64_t rows = share >= kMaxTileRows
+                           ? kMaxTileRows
+                           : (share >= 4 * kMinTileRows ? 4 * kMinTileRows : kMinTileRows);
   return group_size >= rows ? 1 : rows / group_size;
 }
 

@@ -8,7 +8,8 @@
 // transposed into them. Panels then go through a pipeline of three stages: while the tile unit
 // computes the scores of panel i + 1 and adds the values of panel i - 1, the vector units turn the
 // scores of panel i into weights. The three are independent, and interleaved finely enough for the
-// core to run them at the same time.
+// core to run them at the same time. Scores live in two small buffers that never leave L1: a tile
+// is stored at full speed only to lines that are there.
 #include <type_traits>
 
 #include "amx.h"
@@ -40,8 +41,8 @@ class AmxAttention {
     const int64_t lanes = lanes_of(rows);
     const int64_t padded = padded_dim(head_dim);
     return PanelState::scratch_floats(lanes) + lanes / kWidth * kStepFloats +
-           lanes * (padded / 2 + padded) + 2 * kTileKeys * (kWidth + kWidth / 2) + 2 * kWidth +
-           kTileKeys * padded + kLanes * padded;
+           lanes * (padded / 2 + padded) + 2 * kUnitKeys * kWidth + kTileKeys * kWidth +
+           2 * kWidth + kTileKeys * padded + kLanes * padded;
   }
 
   AmxAttention(const SegPagedAttentionParams& params, const Queries<T>& queries, float* scratch)
@@ -50,7 +51,9 @@ class AmxAttention {
         padded_(padded_dim(head_dim_)),
         // The sign of the scale goes into Q, exactly, so that the largest product is the largest
         // score.
-        q_factor_(params.softmax_scale > 0.0f ? 1.0f : params.softmax_scale < 0.0f ? -1.0f : 0.0f),
+        q_factor_(params.softmax_scale > 0.0f   ? 1.0f
+                  : params.softmax_scale < 0.0f ? -1.0f
+                                                : 0.0f),
         scale_(q_factor_ == 0.0f ? 1.0f : q_factor_ * params.softmax_scale * kLog2e),
         num_panels_(lanes_of(queries.rows()) / kWidth),
         carver_(scratch),
@@ -58,7 +61,7 @@ class AmxAttention {
     steps_ = reinterpret_cast<Step*>(carver_.take(num_panels_ * kStepFloats));
     q_ = carver_.take(num_panels_ * kWidth * padded_ / 2);
     out_ = carver_.take(num_panels_ * kWidth * padded_);
-    scores_ = carver_.take(2 * kTileKeys * kWidth);
+    scores_ = carver_.take(2 * kUnitKeys * kWidth);
     weights_ = carver_.take(2 * kTileKeys / 2 * kWidth);
     rescale_ = carver_.take(2 * kWidth);
     keys_ = reinterpret_cast<char*>(carver_.take(kTileKeys * padded_ / 2));
@@ -73,8 +76,8 @@ class AmxAttention {
     if (num_steps == 0) return;
     stage_keys(tile);
     stage_values(tile);
-    for (int i = -1; i <= num_steps; ++i) {
-      if (next != nullptr && i >= 0) fetch_share(*next, i, num_steps + 1);
+    for (int i = 0; i <= num_steps; ++i) {
+      if (next != nullptr) fetch_share(*next, i, num_steps + 1);
       pipeline_slot(tile, i, num_steps);
     }
   }
@@ -102,16 +105,15 @@ class AmxAttention {
   }
 
  private:
-  static constexpr int kWidth = 2 * kLanes;  // query rows of a panel
-  static constexpr int kUnitKeys = 32;       // the depth of a bf16 tile
-  static constexpr int kSlices = 8;          // in which the stages of a slot alternate
-  static constexpr int kSliceKeys = kTileKeys / kSlices;
+  static constexpr int kVecs = 2;                // vectors of a panel
+  static constexpr int kWidth = kVecs * kLanes;  // query rows of a panel
+  static constexpr int kUnitKeys = 32;           // the depth of a bf16 tile
   static constexpr int kRowBytes = kWidth * 4;
   // Weights may grow to 2^8 before older sums are scaled down to a new maximum: rarely. fp32 sums
   // and bf16 weights lose nothing by it.
   static constexpr float kSlack = 8.0f;
 
-  // One panel of one tile of keys; the first `count` keys are visible to some row.
+  // One panel against the first `count` keys of a tile; no row sees the others.
   struct Step {
     int32_t panel;
     int32_t count;
@@ -214,9 +216,6 @@ class AmxAttention {
   // dimension.
   void stage_values(KeyTile& tile) {
     const int units = (tile.count + kUnitKeys - 1) / kUnitKeys;
-    const __m512i pair_up = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9,
-                                             24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1,
-                                             16, 0);  // clang-format keeps the pattern readable
     for (int unit = 0; unit < units; ++unit) {
       for (int64_t d = 0; d < padded_; d += 16) {
         const auto lanes = static_cast<__mmask16>(first_lanes(std::max<int64_t>(0, head_dim_ - d)));
@@ -226,8 +225,7 @@ class AmxAttention {
           const int key = unit * kUnitKeys + 2 * i;
           const __m256i a = load_values(tile, key, d, lanes);
           const __m256i b = load_values(tile, key + 1, d, lanes);
-          const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
-          words[i] = (Vec)_mm512_permutexvar_epi16(pair_up, both);
+          words[i] = join_words(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
         }
         transpose(words);
         char* out = values_ + (d / 16 * (kTileKeys / kUnitKeys) + unit) * kTileBytes;
@@ -253,148 +251,220 @@ class AmxAttention {
 
   // --- the pipeline -----------------------------------------------------------------------------
 
+  // Weighs step i and adds the values of step i - 1; computes scores one unit ahead.
   void pipeline_slot(const KeyTile& tile, int i, int num_steps) {
-    const Step* score = i + 1 < num_steps ? &steps_[i + 1] : nullptr;
-    const Step* weigh = i >= 0 && i < num_steps ? &steps_[i] : nullptr;
-    const Step* add = i >= 1 ? &steps_[i - 1] : nullptr;
     const int value_units = static_cast<int>(padded_ / 32);
-    for (int slice = 0; slice < kSlices; ++slice) {
-      const int unit = slice * kSliceKeys / kUnitKeys;
-      if (score != nullptr && slice * kSliceKeys % kUnitKeys == 0 && unit < score->units()) {
-        score_unit(score->panel, unit, scores_ + ((i + 1) & 1) * kTileKeys * kWidth);
+    Idle idle;
+    if (i == num_steps) {
+      for (int u = 0; u < value_units; ++u) value_unit(steps_[i - 1], u, (i - 1) & 1, idle);
+      store_pending();
+      return;
+    }
+    const Step& step = steps_[i];
+    if (i == 0) {
+      score_unit(step, 0, idle);
+      store_pending();
+    }
+    begin_weights(step, i & 1);
+    const int units = step.units();
+    for (int unit = 0; unit < units; ++unit) {
+      Weigher weigher = weigh_unit(step, unit, tile, i & 1);
+      if (unit + 1 < units) {
+        score_unit(step, unit + 1, weigher);
+      } else if (i + 1 < num_steps) {
+        score_unit(steps_[i + 1], 0, weigher);
       }
-      if (add != nullptr) {
-        for (int u = value_units * slice / kSlices; u < value_units * (slice + 1) / kSlices; ++u) {
-          value_unit(*add, u, (i - 1) & 1);
+      if (i >= 1) {
+        for (int u = value_units * unit / units; u < value_units * (unit + 1) / units; ++u) {
+          value_unit(steps_[i - 1], u, (i - 1) & 1, weigher);
         }
       }
-      if (weigh != nullptr) {
-        if (slice == 0) begin_weights(*weigh, tile, i & 1);
-        if (slice * kSliceKeys < weigh->units() * kUnitKeys) weigh_slice(slice, i & 1);
-        if (slice == kSlices - 1) end_weights(*weigh);
-      }
+      weigher.finish();
+      for (int c = 0; c < kVecs; ++c) sums_[c] = weigher.sums[c] + weigher.odd_sums[c];
+      store_pending();
     }
+    end_weights(step);
   }
 
-  // Scores of 32 keys and a panel: 2 x 2 tiles.
-  void score_unit(int64_t panel, int unit, float* scores) const {
+  // Scores of 32 keys and a panel.
+  template <typename Work>
+  void score_unit(const Step& step, int unit, Work& work) {
     const int64_t depth_tiles = padded_ / 32;
-    const char* k0 = keys_ + 2 * unit * depth_tiles * kTileBytes;
-    const char* k1 = k0 + depth_tiles * kTileBytes;
-    const float* q = q_ + panel * kWidth * padded_ / 2;
-    tile_zero<0>();
-    tile_zero<1>();
-    tile_zero<2>();
-    tile_zero<3>();
-    for (int64_t d = 0; d < depth_tiles; ++d) {
-      tile_load<4>(k0 + d * kTileBytes, 64);
-      tile_load<6>(q + d * 16 * kWidth, kRowBytes);
-      tile_load<7>(q + d * 16 * kWidth + 16, kRowBytes);
-      tile_load<5>(k1 + d * kTileBytes, 64);
-      tile_mac<0, 4, 6>();
-      tile_mac<1, 4, 7>();
-      tile_mac<2, 5, 6>();
-      tile_mac<3, 5, 7>();
-    }
-    float* out = scores + unit * kUnitKeys * kWidth;
-    tile_store<0>(out, kRowBytes);
-    tile_store<1>(out + 16, kRowBytes);
-    tile_store<2>(out + 16 * kWidth, kRowBytes);
-    tile_store<3>(out + 16 * kWidth + 16, kRowBytes);
+    const char* k = keys_ + 2 * unit * depth_tiles * kTileBytes;
+    const float* q = q_ + step.panel * kWidth * padded_ / 2;
+    scored_ ^= 1;
+    run_blocks<true>(k,
+                     k + depth_tiles * kTileBytes,
+                     q,
+                     depth_tiles,
+                     scores_ + scored_ * kUnitKeys * kWidth,
+                     work);
   }
 
-  // Values of 32 dimensions of a panel: 2 x 2 tiles of O^T.
-  void value_unit(const Step& step, int unit, int buffer) {
+  // Values of 32 dimensions of a panel.
+  template <typename Work>
+  void value_unit(const Step& step, int unit, int buffer, Work& work) {
     float* out = out_ + (step.panel * padded_ + unit * 32) * kWidth;
-    const float* rescale = rescale_ + buffer * kWidth;
-    if (rescaled_[buffer]) {
-      const Vec low = load(rescale);
-      const Vec high = load(rescale + kLanes);
-      for (int d = 0; d < 32; ++d) {
-        store(out + d * kWidth, load(out + d * kWidth) * low);
-        store(out + d * kWidth + kLanes, load(out + d * kWidth + kLanes) * high);
-      }
-    }
-    const char* v0 = values_ + 2 * unit * (kTileKeys / kUnitKeys) * kTileBytes;
-    const char* v1 = v0 + kTileKeys / kUnitKeys * kTileBytes;
+    const char* v = values_ + 2 * unit * (kTileKeys / kUnitKeys) * kTileBytes;
     const float* weights = weights_ + buffer * kTileKeys / 2 * kWidth;
-    tile_load<0>(out, kRowBytes);
-    tile_load<1>(out + 16, kRowBytes);
-    tile_load<2>(out + 16 * kWidth, kRowBytes);
-    tile_load<3>(out + 16 * kWidth + 16, kRowBytes);
-    for (int u = 0; u < step.units(); ++u) {
-      tile_load<4>(v0 + u * kTileBytes, 64);
-      tile_load<6>(weights + u * 16 * kWidth, kRowBytes);
-      tile_load<7>(weights + u * 16 * kWidth + 16, kRowBytes);
-      tile_load<5>(v1 + u * kTileBytes, 64);
-      tile_mac<0, 4, 6>();
-      tile_mac<1, 4, 7>();
-      tile_mac<2, 5, 6>();
-      tile_mac<3, 5, 7>();
-    }
+    if (rescaled_[buffer]) rescale_rows(out, rescale_ + buffer * kWidth);
+    run_blocks<false>(v, v + kTileKeys / kUnitKeys * kTileBytes, weights, step.units(), out, work);
+  }
+
+  // Two blocks of 16 x 32 results, one in tiles 0 and 1, the other in tiles 2 and 3. Results are
+  // stored one block late: the tile unit does not wait for a store then.
+  template <bool Zero, typename Work>
+  void run_blocks(
+      const char* a0, const char* a1, const float* b, int64_t depth, float* out, Work& work) {
+    mac_block<0, Zero>(a0, b, depth, out, work);
+    store_pending();
+    mac_block<2, Zero>(a1, b, depth, out + 16 * kWidth, work);
     tile_store<0>(out, kRowBytes);
     tile_store<1>(out + 16, kRowBytes);
-    tile_store<2>(out + 16 * kWidth, kRowBytes);
-    tile_store<3>(out + 16 * kWidth + 16, kRowBytes);
+    pending_ = out + 16 * kWidth;
+  }
+  template <int C, bool Zero, typename Work>
+  [[gnu::always_inline]] static void mac_block(
+      const char* a, const float* b, int64_t depth, const float* out, Work& work) {
+    if constexpr (Zero) {
+      tile_zero<C>();
+      tile_zero<C + 1>();
+    } else {
+      tile_load<C>(out, kRowBytes);
+      tile_load<C + 1>(out + 16, kRowBytes);
+    }
+    for (int64_t i = 0; i < depth; ++i) {
+      tile_load<4>(a + i * kTileBytes, 64);
+      tile_load<5>(b + i * 16 * kWidth, kRowBytes);
+      tile_load<6>(b + i * 16 * kWidth + 16, kRowBytes);
+      tile_mac<C, 4, 5>();
+      tile_mac<C + 1, 4, 6>();
+      work.advance();
+    }
+  }
+  void store_pending() {
+    if (pending_ == nullptr) return;
+    tile_store<2>(pending_, kRowBytes);
+    tile_store<3>(pending_ + 16, kRowBytes);
+    pending_ = nullptr;
   }
 
-  // Masks a panel's scores and decides what they are taken relative to.
-  void begin_weights(const Step& step, const KeyTile& tile, int buffer) {
-    float* scores = scores_ + buffer * kTileKeys * kWidth;
-    const int64_t first = int64_t{step.panel} * kWidth;
-    if (step.partial) state_.mask<2>(first, tile, step.count, scores);
-    const int keys = step.units() * kUnitKeys;
-    for (int i = step.count; i < keys; ++i) {
-      store(scores + i * kWidth, broadcast(-kInf));
-      store(scores + i * kWidth + kLanes, broadcast(-kInf));
-    }
-    bool rescaled = false;
-    for (int c = 0; c < 2; ++c) {
-      const float* column = scores + c * kLanes;
-      Vec tops[4];
-      for (Vec& top : tops) top = broadcast(-kInf);
-      for (int i = 0; i < keys; i += 4) {
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) tops[j] = max(load(column + (i + j) * kWidth), tops[j]);
+  static void rescale_rows(float* out, const float* rescale) {
+    for (int d = 0; d < 32; ++d) {
+      for (int c = 0; c < kWidth; c += kLanes) {
+        store(out + d * kWidth + c, load(out + d * kWidth + c) * load(rescale + c));
       }
-      const Vec top = max(max(tops[0], tops[1]), max(tops[2], tops[3])) * scale_;
-      const Vec old = load(state_.max + first + c * kLanes);
-      const Vec base = (old == -kInf) | (top > old + kSlack) ? top : old;
-      store(state_.max + first + c * kLanes, base);
+    }
+  }
+
+  // --- the softmax ------------------------------------------------------------------------------
+
+  void begin_weights(const Step& step, int buffer) {
+    rescaled_[buffer] = false;
+    for (int c = 0; c < kVecs; ++c) {
+      base_[c] = load(state_.max + int64_t{step.panel} * kWidth + c * kLanes);
+      sums_[c] = load(state_.sum + int64_t{step.panel} * kWidth + c * kLanes);
+      store(rescale_ + buffer * kWidth + c * kLanes, broadcast(1.0f));
+    }
+  }
+
+  // What the vector units do between tile instructions: turn scores into weights
+  // 2^(score * scale - base), two keys at a time.
+  struct Weigher {
+    const float* scores;
+    const float* end;
+    float* words;
+    Vec scale;
+    Vec base[kVecs];
+    Vec sums[kVecs];
+    Vec odd_sums[kVecs];
+
+    [[gnu::always_inline]] void advance() {
+      if (scores == end) return;
+#pragma GCC unroll 2
+      for (int c = 0; c < kVecs; ++c) {
+        const Vec a = exp2_weight(fma(load(scores + c * kLanes), scale, base[c]));
+        const Vec b = exp2_weight(fma(load(scores + kWidth + c * kLanes), scale, base[c]));
+        sums[c] += a;
+        odd_sums[c] += b;
+        store(words + c * kLanes, pair_words(a, b));
+      }
+      scores += 2 * kWidth;
+      words += kWidth;
+    }
+    [[gnu::always_inline]] void finish() {
+      while (scores != end) advance();
+    }
+  };
+  struct Idle {
+    void advance() {}
+  };
+
+  // Makes the scores of a unit ready to be weighed.
+  Weigher weigh_unit(const Step& step, int unit, const KeyTile& tile, int buffer) {
+    float* scores = scores_ + scored_ * kUnitKeys * kWidth;
+    const int begin = unit * kUnitKeys;
+    const int count = std::min(kUnitKeys, step.count - begin);
+    if (step.partial) {
+      state_.mask<kVecs>(int64_t{step.panel} * kWidth, tile.positions + begin, count, scores);
+    }
+    for (int i = count * kWidth; i < kUnitKeys * kWidth; i += kLanes) {
+      store(scores + i, broadcast(-kInf));
+    }
+    float* words = weights_ + buffer * kTileKeys / 2 * kWidth;
+    Weigher weigher;
+    weigher.scores = scores;
+    weigher.end = scores + kUnitKeys * kWidth;
+    weigher.words = words + unit * kUnitKeys / 2 * kWidth;
+    weigher.scale = broadcast(scale_);
+    for (int c = 0; c < kVecs; ++c) {
+      const Vec top = column_max(scores + c * kLanes) * scale_;
+      const Vec limit = base_[c] + kSlack;
+      if (_mm512_cmp_ps_mask((__m512)top, (__m512)limit, _CMP_GT_OQ) != 0) {
+        raise_base(c, top, words + c * kLanes, unit, buffer);
+      }
       // A row that has seen nothing yet subtracts 0, not -infinity.
-      base_[c] = base == -kInf ? Vec{} : base;
-      const Vec rescale = exp2_nonpositive(old - base_[c]);
-      store(rescale_ + buffer * kWidth + c * kLanes, rescale);
-      rescaled |= _mm512_cmp_ps_mask((__m512)rescale, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ) != 0;
-      sums_[c] = load(state_.sum + first + c * kLanes) * rescale;
+      weigher.base[c] = base_[c] == -kInf ? Vec{} : -base_[c];
+      weigher.sums[c] = sums_[c];
+      weigher.odd_sums[c] = Vec{};
     }
-    rescaled_[buffer] = rescaled;
+    return weigher;
   }
 
-  // Scores become weights 2^(score * scale - base), as pairs of keys.
-  void weigh_slice(int slice, int buffer) {
-    const float* scores = scores_ + (buffer * kTileKeys + slice * kSliceKeys) * kWidth;
-    float* words = weights_ + (buffer * kTileKeys + slice * kSliceKeys) / 2 * kWidth;
-    for (int c = 0; c < 2; ++c) {
-      const Vec scale = broadcast(scale_);
-      const Vec base = -base_[c];
-      Vec sum_a = sums_[c];
-      Vec sum_b = {};
-#pragma GCC unroll 8
-      for (int i = 0; i < kSliceKeys; i += 2) {
-        const Vec a = exp2_weight(fma(load(scores + i * kWidth + c * kLanes), scale, base));
-        const Vec b = exp2_weight(fma(load(scores + (i + 1) * kWidth + c * kLanes), scale, base));
-        sum_a += a;
-        sum_b += b;
-        store(words + i / 2 * kWidth + c * kLanes, pair_words(a, b));
-      }
-      sums_[c] = sum_a + sum_b;
+  static Vec column_max(const float* column) {
+    Vec tops[4];
+    for (Vec& top : tops) top = broadcast(-kInf);
+    for (int i = 0; i < kUnitKeys; i += 4) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) tops[j] = max(load(column + (i + j) * kWidth), tops[j]);
+    }
+    return max(max(tops[0], tops[1]), max(tops[2], tops[3]));
+  }
+
+  // Takes the scores of column c relative to a whole number not below `top`: what was summed is
+  // worth a power of two less, which is exact for sums, results and the weights of earlier units.
+  __attribute__((noinline)) void raise_base(int c, Vec top, float* words, int units, int buffer) {
+    const Vec ceiling = (Vec)_mm512_roundscale_ps((__m512)top, _MM_FROUND_TO_POS_INF);
+    const Vec base = (base_[c] == -kInf) | (top > base_[c] + kSlack) ? ceiling : base_[c];
+    const Vec factor = exp2_nonpositive(base_[c] == base ? Vec{} : base_[c] - base);
+    base_[c] = base;
+    sums_[c] *= factor;
+    float* rescale = rescale_ + buffer * kWidth + c * kLanes;
+    store(rescale, load(rescale) * factor);
+    rescaled_[buffer] = true;
+    for (int i = 0; i < units * kUnitKeys / 2; ++i) {
+      const VecI word = (VecI)load(words + i * kWidth);
+      const Vec low = (Vec)(word << 16) * factor;
+      const Vec high = (Vec)(word & broadcast(int32_t{-65536})) * factor;
+      store(words + i * kWidth, pair_words(low, high));
     }
   }
 
   void end_weights(const Step& step) {
-    store(state_.sum + int64_t{step.panel} * kWidth, sums_[0]);
-    store(state_.sum + int64_t{step.panel} * kWidth + kLanes, sums_[1]);
+    for (int c = 0; c < kVecs; ++c) {
+      store(state_.max + int64_t{step.panel} * kWidth + c * kLanes, base_[c]);
+      store(state_.sum + int64_t{step.panel} * kWidth + c * kLanes, sums_[c]);
+    }
   }
 
   const Queries<T>& queries_;
@@ -406,20 +476,22 @@ class AmxAttention {
   Carver carver_;
   PanelState state_;
   AmxTiles tiles_;
+  int scored_ = 0;  // the buffer of scores that was filled last
   bool ready_ = false;
   int32_t offset_ = 0;
   Step* steps_;     // [panels]
   float* q_;        // [panels, padded / 2, kWidth] words
   float* out_;      // [panels, padded, kWidth]
-  float* scores_;   // [2, kTileKeys, kWidth]
+  float* scores_;   // [2, kUnitKeys, kWidth]
   float* weights_;  // [2, kTileKeys / 2, kWidth] words
   float* rescale_;  // [2, kWidth]
   char* keys_;      // A tiles
   char* values_;    // A tiles
   float* rows_;     // [kLanes, padded]
   bool rescaled_[2] = {};
-  Vec base_[2];  // of the panel being weighed
-  Vec sums_[2];
+  float* pending_ = nullptr;  // where the results in tiles 2 and 3 go
+  Vec base_[kVecs];           // of the panel being weighed
+  Vec sums_[kVecs];
 };
 
 }  // namespace redknot::cpu::REDKNOT_ISA

@@ -29,42 +29,18 @@ struct Bf16Mac {
   }
 };
 
+// The words (low[i], high[i]) of a vector whose halves hold 16 bf16 numbers each.
+static inline Vec join_words(__m512i halves) {
+  static constexpr struct alignas(64) {
+    uint16_t lanes[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                          8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  } kInterleave;
+  return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(&kInterleave), halves);
+}
+
 // Words (a[i], b[i]) of two vectors rounded to bf16.
 static inline Vec pair_words(Vec a, Vec b) {
-  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-  const __m512i interleave = _mm512_set_epi16(31,
-                                              15,
-                                              30,
-                                              14,
-                                              29,
-                                              13,
-                                              28,
-                                              12,
-                                              27,
-                                              11,
-                                              26,
-                                              10,
-                                              25,
-                                              9,
-                                              24,
-                                              8,
-                                              23,
-                                              7,
-                                              22,
-                                              6,
-                                              21,
-                                              5,
-                                              20,
-                                              4,
-                                              19,
-                                              3,
-                                              18,
-                                              2,
-                                              17,
-                                              1,
-                                              16,
-                                              0);
-  return (Vec)_mm512_permutexvar_epi16(interleave, halves);
+  return join_words((__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
 }
 
 // out[d] = the word (a[d], b[d]); a null b stands for zeros.

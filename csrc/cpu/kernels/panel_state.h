@@ -52,14 +52,14 @@ struct PanelState {
 
   // Scores [count, Width] in vectors: -infinity where a query must not see a key.
   template <int Width>
-  void mask(int64_t first_lane, const KeyTile& tile, int count, float* scores) const {
+  void mask(int64_t first_lane, const int32_t* keys, int count, float* scores) const {
     for (int c = 0; c < Width; ++c) {
       const VecI query = *reinterpret_cast<const VecI*>(position + first_lane + c * kLanes);
       const VecI begin = *reinterpret_cast<const VecI*>(window_begin + first_lane + c * kLanes);
       for (int i = 0; i < count; ++i) {
-        const VecI key = broadcast(tile.positions[i]);
+        const VecI key = broadcast(keys[i]);
         VecI visible = key <= query;
-        if (tile.positions[i] >= sink) visible &= key > begin;
+        if (keys[i] >= sink) visible &= key > begin;
         float* score = scores + (i * Width + c) * kLanes;
         store(score, visible ? load(score) : broadcast(-kInf));
       }
