@@ -205,7 +205,7 @@ def test_fill_random_is_random_and_repeats() -> None:
         (["rope", "--context", "0"], "--context must be at least 1, got 0"),
         (["rope", "--threads", "4096"], "--threads must be at most"),
         (["rope", "--threads", "-1"], "--threads must be at least 0, got -1"),
-        (["rope", "--isa", "mmx"], "--isa must be default, avx2 or avx512"),
+        (["rope", "--isa", "mmx"], "--isa must be default, avx2, avx512 or amx"),
         (["rope", "--dtype", "int8"], "--dtype must be one of bfloat16"),
         (["rope", "--device", "tpu"], "--device must be one of cpu, cuda"),
         (["rope", "--skip-peer", "xla"], "--skip-peer must be one of sdpa"),

@@ -69,7 +69,7 @@ def chosen_isa(isa: str) -> Iterator[None]:
         torch.ops.redknot._cpu_isa(isa)
     except RuntimeError:
         raise InputError(
-            f"--isa must be default, avx2 or avx512 and on this machine, got {isa!r}"
+            f"--isa must be default, avx2, avx512 or amx and on this machine, got {isa!r}"
         ) from None
     try:
         yield
