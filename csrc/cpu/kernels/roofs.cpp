@@ -1,7 +1,10 @@
-// The roofs that kernels are measured against: the multiply-accumulate of mac.h on registers alone,
-// and reading memory with vectors of this instruction set.
+// The roofs that kernels are measured against: the multiply-accumulate of mac.h, or of tiles, on
+// registers alone, and reading memory with vectors of this instruction set.
 #include "roofs.h"
 
+#if defined(REDKNOT_ISA_AMX)
+#include "amx.h"
+#endif
 #include "mac.h"
 
 namespace redknot::cpu::REDKNOT_ISA {
@@ -34,9 +37,35 @@ int64_t dots(int64_t num_rounds) {
   return num_rounds * kChains * kLanes * Mac::kPerWord * 2;
 }
 
+#if defined(REDKNOT_ISA_AMX)
+// 2 x 2 tiles of results, as the kernels hold them.
+int64_t tile_products(int64_t num_rounds) {
+  constexpr int64_t kFlopsPerTile = 2 * 16 * 16 * 32;
+  const AmxTiles tiles;
+  tile_zero<0>();
+  tile_zero<1>();
+  tile_zero<2>();
+  tile_zero<3>();
+  tile_zero<4>();
+  tile_zero<5>();
+  tile_zero<6>();
+  tile_zero<7>();
+  for (int64_t round = 0; round < num_rounds; ++round) {
+    tile_mac<0, 4, 6>();
+    tile_mac<1, 4, 7>();
+    tile_mac<2, 5, 6>();
+    tile_mac<3, 5, 7>();
+  }
+  return num_rounds * 4 * kFlopsPerTile;
+}
+#endif
+
 }  // namespace
 
 int64_t dot_roof(int64_t num_rounds, DType dtype) {
+#if defined(REDKNOT_ISA_AMX)
+  if (dtype == DType::kBFloat16) return tile_products(num_rounds);
+#endif
   return dispatch_dtype(dtype, [&](auto element) {
     return dots<typename MacOf<decltype(element)>::Type>(num_rounds);
   });
