@@ -284,7 +284,8 @@ class AllocatorWalk(RuleBasedStateMachine):
         most = sum(len(heads) * len(positions) for heads, positions in requests)
         with self.all_or_nothing(most):
             given = [(m, positions) for m, (_, positions) in zip(masks, requests, strict=True)]
-            self.execute(self.allocator.make_writable(session, given))
+            keep = data.draw(st.booleans())
+            self.execute(self.allocator.make_writable(session, given, keep_contents=keep))
             for heads, positions in requests:
                 expected.refresh(heads, positions, self.new_content)
                 for layer in range(NUM_LAYERS):

@@ -8,27 +8,64 @@ import torch
 from reference import recovery as reference
 from tiny_models import YARN, random_tokens, tiny_model
 
-from redknot import Dense, Engine, HeadMap, InputError, Naive, RedKnot
+from redknot import Engine, HeadMap, InputError
+from redknot.recovery import (
+    POLICIES as REGISTERED,
+)
+from redknot.recovery import (
+    CacheBlend,
+    Dense,
+    DuoAttention,
+    Epic,
+    LiveSpan,
+    Naive,
+    RandomRows,
+    RedKnot,
+)
 
 pytestmark = pytest.mark.transformers
 
 CLASSES = [["local", "global"], ["global", "local"], ["local", "global"]]
 WINDOW, SINK = 12, 3
 LENGTHS = (23, 31, 16, 40)
+SPARSE = {"dense_until": 1, "ffn_mass": 0.3, "recent_n": 2}
+SPAN = {"row_fraction": 0.2, "edge_rows": 3}
 POLICIES = {
-    "naive": (Naive(), {}),
+    "naive": (Naive(), {"policy": "naive"}),
     "redknot": (RedKnot(), {}),
     "boundary": (RedKnot(boundary_rows=5), {"boundary_rows": 5}),
     "boundary covers all": (RedKnot(boundary_rows=99), {"boundary_rows": 99}),
-    "sparse ffn": (
-        RedKnot(dense_until=1, ffn_mass=0.3, recent_n=2),
-        {"dense_until": 1, "ffn_mass": 0.3, "recent_n": 2},
+    "sparse ffn": (RedKnot(**SPARSE), SPARSE),
+    "sparse ffn, foreign": (
+        RedKnot(signal="foreign", **SPARSE), {"ffn_signal": "foreign", **SPARSE},
     ),
     "everything": (
         RedKnot(dense_until=1, ffn_mass=0.5, recent_n=4, boundary_rows=7),
         {"dense_until": 1, "ffn_mass": 0.5, "recent_n": 4, "boundary_rows": 7},
     ),
-}
+    "epic": (Epic(first_rows=4), {"policy": "epic", "first_rows": 4}),
+    "cacheblend": (CacheBlend(ratio=0.3), {"policy": "cacheblend", "ratio": 0.3}),
+    "cacheblend, later": (
+        CacheBlend(ratio=0.3, pick_layer=2),
+        {"policy": "cacheblend", "ratio": 0.3, "pick_layer": 2},
+    ),
+    "live span": (LiveSpan(**SPAN), {"policy": "live_span", **SPAN}),
+    "live span, all rows": (
+        LiveSpan(row_fraction=1.0, edge_rows=0), {"policy": "live_span"},
+    ),
+    "live span, by norm": (
+        LiveSpan(signal="attention_norm", **SPAN),
+        {"policy": "live_span", "signal": "attention_norm", **SPAN},
+    ),
+    "live span, boundary": (
+        LiveSpan(boundary_rows=4, **SPAN), {"policy": "live_span", "boundary_rows": 4, **SPAN},
+    ),
+    "live span, sparse ffn": (
+        LiveSpan(ffn_mass=0.6, row_fraction=0.4),
+        {"policy": "live_span", "ffn_mass": 0.6, "row_fraction": 0.4, "edge_rows": 4,
+         "ffn_signal": "foreign"},
+    ),
+}  # fmt: skip
 MODELS = {
     "llama": ("llama", 4, 2, {}),
     "qwen3": ("qwen3", 8, 2, {}),
@@ -37,9 +74,21 @@ MODELS = {
 }
 
 
-def make(family, q_heads, kv_heads, options, **engine_options):
-    model = tiny_model(family, q_heads, kv_heads, **options)
-    heads = HeadMap(CLASSES, window=WINDOW, sink=SINK)
+SPAN_MAPS = {  # five layers; those with global heads may be any of them
+    "entry, gap": [["local", "local"], ["local", "global"], ["local", "local"],
+                   ["retrieval", "local"], ["local", "local"]],
+    "dense first layer": [["dense", "dense"], ["local", "local"], ["global", "local"],
+                          ["local", "local"], ["local", "global"]],
+    "one layer": [["local", "local"], ["local", "local"], ["local", "global"],
+                  ["local", "local"], ["local", "local"]],
+    "all but one": [["global", "global"]] * 3 + [["global", "local"], ["global", "global"]],
+    "none": [["local", "local"]] * 5,
+}  # fmt: skip
+
+
+def make(family, q_heads, kv_heads, options, *, classes=CLASSES, **engine_options):
+    model = tiny_model(family, q_heads, kv_heads, layers=len(classes), **options)
+    heads = HeadMap(classes, window=WINDOW, sink=SINK)
     engine = Engine(
         model, heads, kv_budget="32MiB", page_size=16, poison_freed_pages=True, **engine_options
     )
@@ -48,39 +97,159 @@ def make(family, q_heads, kv_heads, options, **engine_options):
     return model, engine, texts, random_tokens(rng, 6)
 
 
-def rules_of(**relaxations) -> reference.Rules:
+def rules_of(classes=CLASSES, **relaxations) -> reference.Rules:
+    all_heads = relaxations.get("policy") in ("epic", "cacheblend")
     return reference.Rules(
-        is_global=[[c == "global" for c in row] for row in CLASSES],
-        window=[[WINDOW] * 2] * 3,
-        sink=[[SINK] * 2] * 3,
+        is_global=[[all_heads or c != "local" for c in row] for row in classes],
+        window=[[WINDOW] * 2] * len(classes),
+        sink=[[SINK] * 2] * len(classes),
         **relaxations,
     )
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", MODELS)
-def test_equals_the_reference_recovery(name, policy):
-    model, engine, texts, query = make(*MODELS[name])
-    order = [2, 0, 3, 1]
+def check(model, engine, texts, query, policy, rules, *, order=(2, 0, 3, 1), prefix=(1,)):
+    """The engine's logits and live rows are those of the reference."""
     documents = [engine.add(text) for text in texts]
-    policy, relaxations = POLICIES[policy]
     ours = engine.prefill([documents[i] for i in order], query, policy=policy)
-    prefix = [1]
+    prefix = list(prefix)
     expected = reference.recover(
         model,
         prefix,
         [texts[i] for i in order],
         query,
         [reference.offline(model, prefix, texts[i]) for i in order],
-        rules_of(**relaxations),
-        live=policy.name == "redknot",
+        rules,
     )
+    for layer, lived in rules.lived.items():
+        rows = {
+            row
+            for document in ours.explain().documents
+            for live in document.live
+            if live.begin_layer <= layer < live.end_layer
+            for run in live.positions
+            for row in range(*run)
+        }
+        assert rows | set(range(len(lived) - len(query), len(lived))) == set(
+            lived.nonzero().flatten().tolist()
+        )
     assert (ours.logits - expected).abs().max() <= 2e-4 * expected.abs().max()
+    return ours
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_reference_recovery(name, policy):
+    policy, relaxations = POLICIES[policy]
+    check(*make(*MODELS[name]), policy, rules_of(**relaxations))
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name.startswith("live span")])
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("classes", SPAN_MAPS.values(), ids=SPAN_MAPS)
+def test_live_span_equals_the_reference_wherever_global_heads_sit(classes, name, policy):
+    policy, relaxations = POLICIES[policy]
+    check(*make(*MODELS[name], classes=classes), policy, rules_of(classes, **relaxations))
+
+
+@pytest.mark.parametrize("prefix", [[], [9, 8, 7, 6]])
+def test_live_span_behind_any_prefix(prefix):
+    policy, relaxations = POLICIES["live span"]
+    classes = SPAN_MAPS["entry, gap"]
+    made = make(*MODELS["llama"], classes=classes, prefix=prefix)
+    check(*made, policy, rules_of(classes, **relaxations), prefix=prefix)
+
+
+def test_live_span_finds_the_same_rows_whatever_the_cache_held_before():
+    """Documents added without hidden states get them, in the request that needs them."""
+    policy, relaxations = POLICIES["live span"]
+    classes = SPAN_MAPS["entry, gap"]
+    made = make(*MODELS["llama"], classes=classes)
+    late = check(*made, policy, rules_of(classes, **relaxations))
+    assert all("without hidden states" in d.reason for d in late.explain().documents)
+    made = make(*MODELS["llama"], classes=classes, policy=policy)
+    early = check(*made, policy, rules_of(classes, **relaxations))
+    assert all(d.source == "cached" for d in early.explain().documents)
+    assert torch.equal(early.logits, late.logits)
+
+
+def test_random_rows_are_a_live_span_of_rows_drawn_by_chance():
+    classes = SPAN_MAPS["entry, gap"]
+    drawn = set()
+    for seed in (0, 1):
+        made = make(*MODELS["llama"], classes=classes)
+        policy = RandomRows(row_fraction=0.2, edge_rows=3, seed=seed)
+        documents = [made[1].add(text) for text in made[2]]
+        report = made[1].explain([documents[i] for i in (2, 0, 3, 1)], made[3], policy=policy)
+        live = [
+            row
+            for document in report.documents
+            for item in document.live
+            if item.begin_layer == 1
+            for run in item.positions
+            for row in range(*run)
+        ]
+        num_moved = sum(LENGTHS) - LENGTHS[2]
+        assert len(live) == 3 * 3 + -(-num_moved // 5)
+        rules = rules_of(classes, policy="live_span", rows=live, edge_rows=3)
+        check(*made, policy, rules)
+        drawn.add(tuple(live))
+    assert len(drawn) == 2
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        LiveSpan(row_fraction=1.0),
+        LiveSpan(row_fraction=1.0, edge_rows=0),
+        LiveSpan(row_fraction=0.1, boundary_rows=99),
+        CacheBlend(ratio=1.0),
+        Epic(first_rows=99),
+        DuoAttention(),
+    ],
+    ids=lambda policy: policy.name,
+)
+def test_everything_live_equals_dense(policy):
+    classes = [["global", "global"]] * 4
+    _, engine, texts, query = make(*MODELS["llama"], classes=classes)
+    documents = [engine.add(text) for text in texts]
+    ours = engine.prefill(documents, query, policy=policy).logits
+    dense = engine.prefill(documents, query, policy=Dense()).logits
+    assert (ours - dense).abs().max() <= 1e-4 * dense.abs().max()
+
+
+def test_duo_attention_keeps_less_than_dense_and_computes_every_row():
+    _, engine, texts, query = make(*MODELS["llama"])
+    documents = [engine.add(text) for text in texts]
+    duo = engine.prefill(documents, query, policy=DuoAttention())
+    dense = engine.prefill(documents, query, policy=Dense())
+    assert duo.kv_bytes < dense.kv_bytes
+    assert duo.ledger.parts["ffn"] == dense.ledger.parts["ffn"]
+    assert duo.ledger.parts["attention"] < dense.ledger.parts["attention"]
+    assert (duo.logits - dense.logits).abs().max() > 1e-3
+
+
+def test_random_ffn_rows_hold_about_the_mass():
+    _, engine, texts, query = make(*MODELS["llama"])
+    documents = [engine.add(text) for text in texts]
+    policy = RedKnot(ffn_mass=0.3, recent_n=0, signal="random")
+    some, every = (
+        engine.prefill(documents, query, policy=p).ledger.parts["ffn"] for p in (policy, RedKnot())
+    )
+    # The largest of uniform draws that hold 30 % of their sum: a share of 1 - sqrt(.7) = .16.
+    assert 0.1 < some / every < 0.3
+
+
+def test_every_policy_is_registered_by_its_name():
+    assert set(REGISTERED) == {
+        "dense", "naive", "epic", "cacheblend", "duoattention", "redknot", "live_span",
+        "random_rows",
+    }  # fmt: skip
+    assert all(isinstance(REGISTERED[name](), REGISTERED[name]) for name in REGISTERED)
 
 
 def test_policies_differ():
     """No relaxation is without effect, so that none of the comparisons above is empty."""
-    _, engine, texts, query = make(*MODELS["llama"])
+    _, engine, texts, query = make(*MODELS["llama"], classes=SPAN_MAPS["entry, gap"])
     documents = [engine.add(text) for text in texts]
     policies = [Dense(), *(policy for policy, _ in POLICIES.values())]
     logits = [engine.prefill(documents, query, policy=policy).logits for policy in policies]
@@ -151,11 +320,18 @@ def test_prefill_leaves_segments_and_pool_as_they_were():
             assert torch.equal(engine.pool.v_cache[page, slot], v[page, slot])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"ffn_mass": 0.0}, {"ffn_mass": 1.5}, {"dense_until": -1}, {"boundary_rows": 2.5},
-     {"deep_start": 3}, {"ffn_mass_deep": 0.5}],
-)  # fmt: skip
-def test_bad_options_are_refused(options):
-    with pytest.raises(InputError, match=r"RedKnot: .*"):
-        RedKnot(**options)
+BAD_OPTIONS = [
+    (RedKnot, {"ffn_mass": 0.0}), (RedKnot, {"ffn_mass": 1.5}), (RedKnot, {"dense_until": -1}),
+    (RedKnot, {"boundary_rows": 2.5}), (RedKnot, {"deep_start": 3}),
+    (RedKnot, {"ffn_mass_deep": 0.5}), (RedKnot, {"signal": "norm"}), (Epic, {"first_rows": -1}),
+    (CacheBlend, {"ratio": 0.0}), (CacheBlend, {"pick_layer": "first"}),
+    (LiveSpan, {"row_fraction": 1.1}), (LiveSpan, {"signal": "random"}),
+    (LiveSpan, {"edge_rows": -1}), (LiveSpan, {"ffn_signal": "all"}),
+    (RandomRows, {"row_fraction": -0.1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("policy", "options"), BAD_OPTIONS)
+def test_bad_options_are_refused(policy, options):
+    with pytest.raises(InputError, match=rf"{policy.__name__}: .*"):
+        policy(**options)

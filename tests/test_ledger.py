@@ -10,8 +10,15 @@ from reference.recovery import _visible
 from tiny_models import random_tokens, tiny_model
 
 from redknot import Dense, Engine, HeadMap, Naive, RedKnot
-from redknot.recovery import FlopCounter, ModelShape, dense_prefill_flops
-from redknot.recovery.ledger import visible_keys
+from redknot.recovery import (
+    FlopCounter,
+    LiveSpan,
+    ModelShape,
+    Placement,
+    PromptLayout,
+    dense_prefill_flops,
+)
+from redknot.recovery.ledger import own_keys, visible_keys
 
 SHAPE = ModelShape(
     num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=8, hidden_dim=16, ffn_dim=24,
@@ -75,3 +82,67 @@ def test_the_engines_ledger():
     assert sparse.parts["ffn"] < redknot.parts["ffn"]
     assert sparse.parts["ffn"] % (6 * 64 * 96) == 0
     assert sparse.parts["selection"] == 2 * 2 * 96 * 4 * 32
+
+
+@pytest.mark.parametrize("window", [-1, 1, 9, 100])
+def test_own_keys_counts_prefix_and_own_document(window):
+    bounds = [(3, 10), (10, 11), (11, 30)]
+    layout = PromptLayout(3, tuple(Placement(b, e, 0, exact=False) for b, e in bounds), 30, 33)
+    mask = _visible(33, window < 0, window, 0, None)
+    rows = np.array([3, 4, 9, 10, 11, 25, 29])
+    expected = sum(
+        int(mask[row, :3].sum() + mask[row, begin:end].sum())
+        for row in rows
+        for begin, end in bounds
+        if begin <= row < end
+    )
+    assert own_keys(rows, window, layout) == expected
+
+
+@pytest.mark.transformers
+def test_live_span_counts_what_it_computes():
+    """Every part, row by row, from which rows lived: nothing outside, no column too many."""
+    model = tiny_model("llama", 4, 2, layers=5)  # hidden 64, ffn 96, head_dim 32, group 2
+    classes = [["local"] * 2 for _ in range(5)]
+    for layer, head in ((1, 0), (1, 1), (2, 1), (3, 0)):
+        classes[layer][head] = "global"
+    window, sink, lengths, question = 8, 2, (30, 40, 50), 6
+    engine = Engine(
+        model, HeadMap(classes, window=window, sink=sink), kv_budget="8MiB", page_size=16
+    )
+    rng = np.random.default_rng(0)
+    documents = [engine.add(random_tokens(rng, n)) for n in lengths]
+    policy = LiveSpan(row_fraction=0.1, edge_rows=2)
+    prefill = engine.prefill(documents, random_tokens(rng, question), policy=policy)
+    e, f, d, length = 64, 96, 32, 1 + sum(lengths) + question
+    query = list(range(length - question, length))
+    moved = list(range(31, 121))
+
+    live = {layer: [] for layer in range(5)}
+    for document in prefill.explain().documents:
+        for item in document.live:
+            for layer in range(item.begin_layer, item.end_layer):
+                live[layer] += [row for run in item.positions for row in range(*run)]
+    assert [len(live[layer]) for layer in range(5)] == [4, 13, 13, 0, 0]
+
+    fresh = {1: live[0], 2: live[1], 3: live[2]}  # in global heads alone
+    parts = dict.fromkeys(("projections", "attention", "rotation", "ffn", "probe"), 0)
+    for layer in range(5):
+        rows = live[layer] + query
+        num_global = classes[layer].count("global")
+        key_rows = 2 * question + num_global * len(fresh.get(layer, []))
+        parts["projections"] += 2 * 2 * e * 4 * d * len(rows) + 2 * 2 * e * d * key_rows
+        parts["rotation"] += 3 * d * (4 * len(rows) + key_rows)
+        parts["ffn"] += 6 * e * f * len(rows)
+        for kind in classes[layer]:
+            seen = _visible(length, kind == "global", window, sink, None)
+            parts["attention"] += 4 * d * 2 * int(seen[rows].sum())
+    everything = _visible(length, True, -1, 0, None)
+    own = sum(int(everything[row, [0, *range(31, 71)]].sum()) for row in moved[:40])
+    own += sum(int(everything[row, [0, *range(71, 121)]].sum()) for row in moved[40:])
+    heads = 4  # query heads of the two global KV heads of layer 1
+    parts["probe"] += len(moved) * heads * d * (2 * e + 3 + 2 + 4)
+    parts["probe"] += 4 * d * heads * (int(everything[moved].sum()) + own)
+    parts["lm_head"] = 2 * e * 128
+    assert prefill.ledger.parts == parts
+    assert prefill.ledger.flops == sum(parts.values())

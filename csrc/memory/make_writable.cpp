@@ -35,7 +35,8 @@ void for_each_touched(Row& row, const std::vector<int64_t>& positions, const Use
 
 AllocResult SegmentAllocator::make_writable(SessionId session,
                                             const std::vector<WriteRequest>& requests,
-                                            std::vector<PageCopy>* copies) {
+                                            std::vector<PageCopy>* copies,
+                                            bool keep_contents) {
   copies->clear();
   const std::lock_guard lock(impl_->mutex);
   Session& found = impl_->find_session("make_writable", session);
@@ -76,7 +77,7 @@ AllocResult SegmentAllocator::make_writable(SessionId session,
       if (!request.head_mask[row]) continue;
       for_each_touched(found.rows[row], request.positions, [&](PageRef& ref, int64_t count) {
         if (impl_->pool.ref_count(ref.page) == 1) return;
-        replacements.push_back({.ref = &ref, .copy = count < ref.num_valid});
+        replacements.push_back({.ref = &ref, .copy = keep_contents || count < ref.num_valid});
         exchange.drop(ref.page);
         exchange.need(1);
       });

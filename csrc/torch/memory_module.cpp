@@ -244,7 +244,8 @@ class Allocator {
   }
 
   py::array make_writable(SessionId session,
-                          const std::vector<std::pair<py::object, py::object>>& requests) {
+                          const std::vector<std::pair<py::object, py::object>>& requests,
+                          bool keep_contents) {
     std::vector<WriteRequest> converted;
     for (const auto& [head_mask, positions] : requests) {
       converted.push_back({.head_mask = head_matrix<uint8_t>(head_mask, "make_writable: head_mask"),
@@ -252,7 +253,7 @@ class Allocator {
     }
     std::vector<PageCopy> copies;
     const AllocResult result =
-        unlocked([&] { return core_.make_writable(session, converted, &copies); });
+        unlocked([&] { return core_.make_writable(session, converted, &copies, keep_contents); });
     raise_unless_ok(result, "make_writable");
     return copies_to_numpy(std::move(copies));
   }
@@ -391,7 +392,11 @@ PYBIND11_MODULE(_memory, module) {
            arg("num_tokens"),
            arg("expire_first") = false)
       .def("tail_slots", &Allocator::tail_slots, arg("session"), arg("layer"), arg("num_tokens"))
-      .def("make_writable", &Allocator::make_writable, arg("session"), arg("requests"))
+      .def("make_writable",
+           &Allocator::make_writable,
+           arg("session"),
+           arg("requests"),
+           arg("keep_contents") = false)
       .def("position_slots",
            &Allocator::position_slots,
            arg("session"),

@@ -134,11 +134,13 @@ class SegmentAllocator {
 
   // Makes the pages that hold the requested tokens private to the session, atomic over all
   // requests. Pages keep their shape, positions and rotation offset. A page whose valid slots are
-  // all requested is replaced without a copy; others are copied (`copies`, cleared first).
-  // Positions that a row has expired are ignored.
+  // all requested is replaced without a copy, unless `keep_contents` (some of them may be read, or
+  // not be written after all); others are copied (`copies`, cleared first). Positions that a row
+  // has expired are ignored.
   AllocResult make_writable(SessionId session,
                             const std::vector<WriteRequest>& requests,
-                            std::vector<PageCopy>* copies);
+                            std::vector<PageCopy>* copies,
+                            bool keep_contents = false);
   // Slots of the given positions (sorted, unique) in one layer, [num_positions, num_kv_heads];
   // -1 where the row does not hold the position.
   std::vector<int64_t> position_slots(SessionId session,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from redknot.models.hf_compat import register_attention
     from redknot.models.seg_paged_cache import SegPagedCache
     from redknot.models.sparse_ffn import SparseFFN
-    from redknot.recovery import Dense, Naive, RedKnot
+    from redknot.recovery import Dense, LiveSpan, Naive, RedKnot
 
 # The one list of what `redknot.` offers, and the module each name lives in.
 _HOME = {
@@ -47,6 +47,7 @@ _HOME = {
     "HeadMapError": "redknot.errors",
     "HeadProfile": "redknot.eval.profiling",
     "InputError": "redknot.errors",
+    "LiveSpan": "redknot.recovery",
     "ModelError": "redknot.errors",
     "Naive": "redknot.recovery",
     "Prefill": "redknot.engine",
@@ -74,6 +75,7 @@ __all__ = [
     "HeadMapError",
     "HeadProfile",
     "InputError",
+    "LiveSpan",
     "ModelError",
     "Naive",
     "Prefill",

@@ -180,12 +180,15 @@ class SegmentAllocator:
         """Slots [num_tokens, num_kv_heads] of the last tokens; -1 where not held."""
 
     def make_writable(
-        self, session: int, requests: Sequence[tuple[ArrayLike, ArrayLike]]
+        self,
+        session: int,
+        requests: Sequence[tuple[ArrayLike, ArrayLike]],
+        keep_contents: bool = False,
     ) -> _Int32:
         """Make the pages of some tokens private to the session, so that they can be overwritten.
 
         Positions and rotation offsets of the pages stay. A page whose tokens are all requested is
-        replaced without a copy.
+        replaced without a copy, unless `keep_contents`.
 
         Parameters
         ----------
@@ -194,6 +197,9 @@ class SegmentAllocator:
             head_mask [num_layers, num_kv_heads], bool or integers, names rows, each row in one
             request at most; positions [n], sorted and unique, names tokens. Tokens that a row has
             expired are ignored.
+        keep_contents : bool
+            Copy every page that is replaced: not all of the tokens will be written, or they are
+            read first.
 
         Returns
         -------

@@ -235,6 +235,22 @@ TEST(make_writable_copies_only_what_is_shared_and_partly_kept) {
   CHECK(Snapshot(a, {s}) == before);
 }
 
+TEST(make_writable_copies_every_page_whose_contents_are_kept) {
+  SegmentAllocator a(config(64));
+  const SegmentId segment = segment_of(a, 10);
+  const SessionId s = a.create_session(mixed(4, 1));
+  a.append_segment(s, segment);
+  std::vector<PageCopy> copies;
+  const std::vector<WriteRequest> requests{{{1, 0, 0, 0}, {0, 1, 2, 3, 5}}};
+  CHECK(a.make_writable(s, requests, &copies, /*keep_contents=*/true).status == AllocStatus::kOk);
+  CHECK_EQ(copies.size(), 2u);
+  const std::vector<PageRef> refs = row(a, s, 0, 0);
+  for (size_t page = 0; page < 2; ++page) {
+    CHECK_EQ(copies[page].source, a.segment_slots(segment, 0)[page * 4 * 2] / kPageSize);
+    CHECK_EQ(copies[page].destination, refs[page].page);
+  }
+}
+
 TEST(make_writable_ignores_what_has_expired) {
   SegmentAllocator a(config(64));
   const SegmentId segment = segment_of(a, 16);

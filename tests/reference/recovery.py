@@ -1,12 +1,15 @@
 """What a recovery must compute, in the plainest torch: whole matrices, one mask per head, no pages.
 
 Works on a Hugging Face Llama-layout model in fp32 (Llama, Mistral, Qwen2, Qwen3). Keys are kept
-before rotation and rotated at true positions, which is what realignment must amount to.
+before rotation and rotated at true positions, which is what realignment must amount to. Every row
+of the prompt is carried through every layer, and rows that a policy lets die or enter are masked:
+what they compute is never looked at.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -14,16 +17,26 @@ from torch import Tensor
 
 @dataclass
 class Rules:
-    """Per (layer, head): is_global, window, sink; and the relaxations of the policy."""
+    """Per (layer, head): is_global, window, sink; and what the policy does."""
 
     is_global: list[list[bool]]
     window: list[list[int]]
     sink: list[list[int]]
+    policy: str = "redknot"  # naive, redknot, epic, cacheblend, live_span
     boundary_rows: int = 0
     dense_until: int = 0
     ffn_mass: float = 1.0
+    ffn_signal: str = "attention_norm"
     recent_n: int = 0
+    first_rows: int = 0  # epic
+    ratio: float = 1.0  # cacheblend
+    pick_layer: int = 1  # cacheblend
+    row_fraction: float = 1.0  # live_span
+    signal: str = "foreign"  # live_span
+    edge_rows: int = 0  # live_span
+    rows: list[int] | None = None  # live_span: instead of a pick, these and the edge
     keep: dict[int, Tensor] = field(default_factory=dict)  # rows whose FFN ran, by layer
+    lived: dict[int, Tensor] = field(default_factory=dict)  # rows that attended, by layer
 
 
 def _rotate(model, x: Tensor, positions: Tensor) -> Tensor:
@@ -65,15 +78,24 @@ def _native_window(model, layer: int) -> int | None:
     return None
 
 
+@dataclass
+class Cached:
+    """A document computed alone: per layer unrotated K, V [heads, tokens, dim], input hidden."""
+
+    kv: list[tuple[Tensor, Tensor]]
+    hidden: list[Tensor]
+
+
 @torch.no_grad()
-def offline(model, prefix: list[int], document: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """Unrotated K and V [heads, tokens, dim] of a document computed densely behind the prefix."""
+def offline(model, prefix: list[int], document: list[int]) -> Cached:
+    """A document computed densely behind the prefix."""
     ids = torch.tensor(prefix + document)
-    length = len(ids)
-    hidden, cached = model.model.embed_tokens(ids), []
+    length, begin = len(ids), len(prefix)
+    hidden, cached = model.model.embed_tokens(ids), Cached([], [])
     for layer, block in enumerate(model.model.layers):
+        cached.hidden.append(hidden[begin:])
         q, k, v = _project(model, layer, block.input_layernorm(hidden))
-        cached.append((k[:, len(prefix) :], v[:, len(prefix) :]))
+        cached.kv.append((k[:, begin:], v[:, begin:]))
         mask = _visible(length, True, -1, 0, _native_window(model, layer))
         masks = mask.expand(k.shape[0], -1, -1)
         hidden = hidden + _attend(model, layer, q, k, v, masks, torch.arange(length))[0]
@@ -81,58 +103,111 @@ def offline(model, prefix: list[int], document: list[int]) -> list[tuple[Tensor,
     return cached
 
 
-def _attend(model, layer, q, k, v, masks, positions):
-    """(O projection, output before it [tokens, heads * dim]); masks [kv_heads, tokens, tokens]."""
-    attention = model.model.layers[layer].self_attn
+def _weights(model, layer, q, k, masks, positions) -> Tensor:
+    """Softmax of the scores [q_heads, tokens, tokens]; masks [kv_heads, tokens, tokens]."""
     group = q.shape[0] // k.shape[0]
     q, k = _rotate(model, q, positions), _rotate(model, k, positions)
-    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-    scores = q @ k.transpose(1, 2) * attention.scaling
-    scores = scores.masked_fill(~masks.repeat_interleave(group, 0), float("-inf"))
-    out = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
-    return attention.o_proj(out), out
+    scaling = model.model.layers[layer].self_attn.scaling
+    scores = q @ k.repeat_interleave(group, 0).transpose(1, 2) * scaling
+    return scores.masked_fill(~masks.repeat_interleave(group, 0), float("-inf")).softmax(-1)
+
+
+def _attend(model, layer, q, k, v, masks, positions):
+    """(O projection, output before it [tokens, heads * dim]); masks [kv_heads, tokens, tokens]."""
+    weights = _weights(model, layer, q, k, masks, positions)
+    out = (weights @ v.repeat_interleave(q.shape[0] // k.shape[0], 0)).transpose(0, 1).flatten(1)
+    return model.model.layers[layer].self_attn.o_proj(out), out
+
+
+def _top(importance: Tensor, count: int, among: Tensor) -> Tensor:
+    """Mask of the `count` most important rows of the mask `among`."""
+    chosen = torch.zeros_like(among)
+    score = torch.where(among, importance, float("-inf"))
+    chosen[score.argsort(descending=True, stable=True)[: min(count, int(among.sum()))]] = True
+    return chosen
+
+
+def _holding(importance: Tensor, mass: float) -> Tensor:
+    """Mask of the smallest set of rows that holds `mass` of the importance."""
+    order = importance.argsort(descending=True, stable=True)
+    share = importance[order].cumsum(0) / importance.sum()
+    chosen = torch.zeros(len(importance), dtype=torch.bool)
+    chosen[order[: int((share < mass).sum()) + 1]] = True
+    return chosen
 
 
 @torch.no_grad()
-def recover(model, prefix, documents, query, cached, rules: Rules, *, live: bool) -> Tensor:
+def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules) -> Tensor:
     """Last-token logits. `cached[i]` is `offline` of document i; documents in prompt order.
 
-    live=False: naive reuse. live=True: every row of every document but the first is recomputed
-    (the first is at home), global heads take the new K/V, local heads keep the cached ones.
+    The first document is at home, so its rows never live.
     """
     ids = torch.tensor(prefix + [t for d in documents for t in d] + query)
     length, query_begin = len(ids), len(ids) - len(query)
-    kept = [offline(model, [], prefix)] if prefix else []
-    kept += cached
+    num_layers, positions = model.config.num_hidden_layers, torch.arange(length)
+    kept = ([offline(model, [], prefix)] if prefix else []) + cached
     old = [
-        [torch.cat([part[layer][kind] for part in kept], 1) for kind in (0, 1)]
-        for layer in range(model.config.num_hidden_layers)
+        [torch.cat([part.kv[layer][kind] for part in kept], 1) for kind in (0, 1)]
+        for layer in range(num_layers)
     ]
-    starts, position = [], len(prefix)
-    for document in documents:
-        starts.append(position)
-        position += len(document)
-    moved = [
-        (begin, begin + len(document))
-        for begin, document in list(zip(starts, documents, strict=True))[1:]
-    ]
-    row_live = torch.zeros(length, dtype=torch.bool)
-    row_live[query_begin:] = True
-    fresh_local = row_live.clone()
-    recent = row_live.clone()
-    if live:
-        for begin, end in moved:
-            row_live[begin:end] = True
-            fresh_local[begin : min(begin + rules.boundary_rows, end)] = True
-            recent[max(begin, end - rules.recent_n) : end] = True
+    # What is old to a row: the prefix, and its own segment (0: prefix, then the documents).
+    segment = torch.tensor(
+        [0] * len(prefix)
+        + [n for n, document in enumerate(documents, 1) for _ in document]
+        + [len(documents) + 1] * len(query)
+    )
+    foreign_key = (segment[None] != segment[:, None]) & (segment[None] != 0)
+
+    is_query = positions >= query_begin
+    moved, place = torch.zeros_like(is_query), torch.zeros_like(positions)
+    last = torch.zeros_like(is_query)
+    for n, document in enumerate(documents, 1):
+        place[segment == n] = torch.arange(len(document))
+        moved |= (segment == n) & (n > 1)
+        last |= (segment == n) & (place >= len(document) - rules.recent_n) & (n > 1)
+
+    def first(count: int) -> Tensor:
+        return moved & (place < count)
+
+    with_globals = [layer for layer in range(num_layers) if any(rules.is_global[layer])]
+    begin, end = (with_globals[0], with_globals[-1]) if with_globals else (num_layers, -1)
+    edge = first(max(rules.edge_rows, rules.boundary_rows))
+    picked = moved  # what the pick left
+    if rules.rows is not None:
+        picked = edge | torch.isin(positions, torch.tensor(rules.rows, dtype=torch.long))
+    brought = torch.zeros(length, dtype=torch.float64)  # from other segments, so far
+
     hidden = model.model.embed_tokens(ids)
-    positions = torch.arange(length)
     for layer, block in enumerate(model.model.layers):
+        nothing, boundary = torch.zeros_like(moved), first(rules.boundary_rows)
+        if rules.policy == "live_span" and layer == begin:
+            stored = torch.cat([hidden[: len(prefix)], *(c.hidden[layer] for c in cached)])
+            enters = picked & ~edge
+            hidden = torch.where(enters[:, None], torch.cat([stored, hidden[query_begin:]]), hidden)
         q, k, v = _project(model, layer, block.input_layernorm(hidden))
+        # Fresh in global heads, fresh in local heads, live behind the projections.
+        fresh, fresh_local, live = {
+            "naive": (nothing, nothing, nothing),
+            "redknot": (moved, boundary, moved),
+            "epic": (first(rules.first_rows),) * 3,
+            "cacheblend": (picked,) * 3,
+            "live_span": (
+                boundary if layer > end else picked if layer > begin else edge,
+                boundary,
+                boundary if layer >= end else picked if layer >= begin else edge,
+            ),
+        }[rules.policy]
+        if rules.policy == "cacheblend" and layer == rules.pick_layer:
+            shift = sum(
+                (new[:, :query_begin] - cache).square().sum((0, 2))
+                for new, cache in ((k, old[layer][0]), (v, old[layer][1]))
+            )
+            shift = torch.cat([shift, torch.zeros(len(query))])
+            live = picked = _top(shift, ceil(rules.ratio * int(moved.sum())), moved)
         masks = []
         for head in range(k.shape[0]):
             is_global = rules.is_global[layer][head]
-            stale = ~(row_live if is_global else fresh_local)[:query_begin]
+            stale = ~(fresh if is_global else fresh_local)[:query_begin]
             for new, cache in ((k, old[layer][0]), (v, old[layer][1])):
                 new[head, :query_begin][stale] = cache[head][stale]
             masks.append(
@@ -144,18 +219,27 @@ def recover(model, prefix, documents, query, cached, rules: Rules, *, live: bool
                     _native_window(model, layer),
                 )
             )
-        added, out = _attend(model, layer, q, k, v, torch.stack(masks), positions)
+        masks = torch.stack(masks)
+        added, out = _attend(model, layer, q, k, v, masks, positions)
+        group = q.shape[0] // k.shape[0]
+        is_global = torch.tensor(rules.is_global[layer]).repeat_interleave(group)
+        weights = _weights(model, layer, q, k, masks, positions)[is_global]
+        values = v.repeat_interleave(group, 0)[is_global]
+        other = ((weights * foreign_key) @ values).double().square().sum((0, 2)).sqrt()
+        if rules.policy == "live_span" and layer == begin < end and rules.rows is None:
+            whole = (weights @ values).square().sum((0, 2)).sqrt()
+            signal = other if rules.signal == "foreign" else whole
+            count = ceil(rules.row_fraction * int(moved.sum()))
+            live = picked = edge | _top(signal, count, moved & ~edge)
+        live = live | is_query
+        rules.lived[layer] = live
         hidden = hidden + added
-        chosen = row_live.clone()
-        if layer >= rules.dense_until and rules.ffn_mass < 1:
-            importance = out.norm(dim=-1).double() * row_live
-            order = importance.argsort(descending=True, stable=True)
-            mass = importance[order].cumsum(0) / importance.sum()
-            count = int((mass < rules.ffn_mass).sum()) + 1
-            chosen = torch.zeros(length, dtype=torch.bool)
-            chosen[order[:count]] = True
-            chosen |= recent
-            chosen &= row_live
+        chosen = live
+        brought += torch.where(live & ~is_query, other, 0.0)
+        importance = out.norm(dim=-1).double() if rules.ffn_signal == "attention_norm" else brought
+        if layer >= rules.dense_until and rules.ffn_mass < 1 and (importance * live).any():
+            always = is_query | last | (edge if rules.policy == "live_span" else nothing)
+            chosen = (_holding(importance * live, rules.ffn_mass) | always) & live
         rules.keep[layer] = chosen
         hidden = torch.where(
             chosen[:, None], hidden + block.mlp(block.post_attention_layernorm(hidden)), hidden

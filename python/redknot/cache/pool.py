@@ -134,9 +134,14 @@ class KVPool:
         if len(copies):
             ops.copy_pages(self.k_cache, self.v_cache, self._index(copies))
 
-    def write(self, k: Tensor, v: Tensor, slots: np.ndarray) -> None:
+    def write(self, k: Tensor, v: Tensor, slots: np.ndarray | Tensor) -> None:
         """Write k, v [num_tokens, num_heads, head_dim] to `slots` [num_tokens, num_heads]."""
-        ops.write_pages(k, v, self.k_cache, self.v_cache, self._index(slots))
+        slots = slots if isinstance(slots, Tensor) else self._index(slots)
+        ops.write_pages(k, v, self.k_cache, self.v_cache, slots)
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [num_tokens, num_heads, head_dim] at `slots`; keys as they are stored."""
+        return self.k_cache.flatten(0, 1)[slots], self.v_cache.flatten(0, 1)[slots]
 
     def attend(
         self,
@@ -172,7 +177,35 @@ class KVPool:
                 softmax_scale=softmax_scale,
                 inv_freq=inv_freq,
             )
-        out, _ = ops.seg_paged_attention(
+        out, _ = self.attend_rows(
+            q,
+            row_indptr,
+            page_refs,
+            cu_seqlens_q=cu_seqlens_q,
+            q_positions=q_positions,
+            row_window=row_window,
+            row_sink=row_sink,
+            inv_freq=inv_freq,
+            softmax_scale=softmax_scale,
+        )
+        return out
+
+    def attend_rows(
+        self,
+        q: Tensor,
+        row_indptr: np.ndarray,
+        page_refs: np.ndarray,
+        *,
+        cu_seqlens_q: Tensor,
+        q_positions: Tensor,
+        row_window: Tensor,
+        row_sink: Tensor,
+        inv_freq: Tensor | None = None,
+        softmax_scale: float | None = None,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over any rows of pages; see `redknot.ops.seg_paged_attention`."""
+        return ops.seg_paged_attention(
             q,
             self.k_cache,
             self.v_cache,
@@ -184,5 +217,5 @@ class KVPool:
             row_sink,
             inv_freq=inv_freq,
             softmax_scale=softmax_scale,
+            return_lse=return_lse,
         )
-        return out

@@ -117,9 +117,9 @@ class Admission:
         chain_session = None
         try:
             counter = FlopCounter(decoder.shape)
-            logits = self._runner.prefill(
+            logits, trace = self._runner.prefill(
                 session,
-                Prompt(token_ids, layout, plan),
+                Prompt(token_ids, layout, plan, [item.segment.hidden for item in found]),
                 rules,
                 tail_slots=lambda layer: allocator.tail_slots(
                     session, layer, layout.num_tokens - layout.query_begin
@@ -138,7 +138,8 @@ class Admission:
                 [len(part) for part in parts],
                 found,
                 layout,
-                plan,
+                plan.reason,
+                trace,
                 rules,
                 kv_pages=allocator.session_pages(session),
                 private_kv_pages=allocator.session_private_pages(session),
@@ -268,7 +269,12 @@ class Admission:
                     allocator.append_segment(session, handle)
                 copies = [
                     allocator.append_tokens([session], [num_query_rows], expire_first=False),
-                    allocator.make_writable(session, _write_requests(plan, rules.is_global)),
+                    allocator.make_writable(
+                        session,
+                        _write_requests(plan, rules.is_global),
+                        # What is written is known only later, or what lies there is read.
+                        keep_contents=plan.picks,
+                    ),
                 ]
                 self._check_room(reserved, session, growth)
                 for pages in copies:
@@ -329,17 +335,16 @@ def _write_requests(
     plan: RecoveryPlan, is_global: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(head mask, positions) of everything the plan replaces; layers that agree share one."""
-    requests: dict[tuple[int, bool], tuple[np.ndarray, np.ndarray]] = {}
+    requests: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     for layer, step in enumerate(plan.layers):
         for positions, heads in (
-            (step.live, is_global[layer]),
+            (step.fresh, is_global[layer]),
             (step.fresh_local, ~is_global[layer]),
         ):
             if not len(positions) or not heads.any():
                 continue
             mask, _ = requests.setdefault(
-                (id(positions), positions is step.live),
-                (np.zeros(is_global.shape, dtype=np.uint8), positions),
+                id(positions), (np.zeros(is_global.shape, dtype=np.uint8), positions)
             )
             mask[layer] |= heads
     return list(requests.values())

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from redknot.engine.documents import Found
-from redknot.engine.results import DocumentReport, Explanation
-from redknot.engine.runner import HeadRules
-from redknot.recovery import Placement, PromptLayout, RecoveryPlan
+from redknot.engine.results import DocumentReport, Explanation, LiveRange
+from redknot.engine.runner import HeadRules, LayerTrace
+from redknot.recovery import Placement, PromptLayout
 
 __all__ = ["explain", "explain_shared"]
+
+
+_SETS = ("live", "fresh", "fresh_local")
+
+
+class _HostTrace(NamedTuple):
+    """A layer's trace on the host."""
+
+    live: np.ndarray
+    fresh: np.ndarray
+    fresh_local: np.ndarray
 
 
 def explain(
@@ -21,7 +33,8 @@ def explain(
     part_lengths: Sequence[int],
     found: Sequence[Found],
     layout: PromptLayout,
-    plan: RecoveryPlan,
+    why: str,
+    trace: Sequence[LayerTrace],
     rules: HeadRules,
     *,
     kv_pages: int,
@@ -31,16 +44,19 @@ def explain(
     """Explain one prefill.
 
     `part_lengths` are the tokens of the prefix and of each document; `found` is empty where the
-    policy does not read the cache.
+    policy does not read the cache. `why` is the plan's reason for the rows that lived, which
+    `trace` lists.
     """
-    num_heads = rules.is_global.size
+    num_layers, num_heads = rules.is_global.shape[0], rules.is_global.size
+    rows = [_HostTrace(*(getattr(step, n).cpu().numpy() for n in _SETS)) for step in trace]
     ends = np.cumsum(part_lengths)
     reports = []
     for number, document in enumerate(documents):
         begin, end = int(ends[number]), int(ends[number + 1])
         if found:
             item, placement = found[number], layout.documents[number]
-            refreshed, rows = _refreshed(plan, rules.is_global, begin, end)
+            refreshed = _refreshed(rows, rules.is_global, begin, end)
+            live = _live_ranges([_inside(step.live, begin, end) for step in rows])
             report = DocumentReport(
                 id=document,
                 begin=begin,
@@ -50,7 +66,9 @@ def explain(
                 moved_by=placement.offset,
                 heads_reused=num_heads - refreshed,
                 heads_refreshed=refreshed,
-                rows_recomputed=rows,
+                rows_recomputed=max((item.num_rows for item in live), default=0),
+                live=live,
+                why=why if live else "",
             )
         else:
             report = DocumentReport(
@@ -63,6 +81,8 @@ def explain(
                 heads_reused=0,
                 heads_refreshed=num_heads,
                 rows_recomputed=end - begin,
+                live=(LiveRange(0, num_layers, end - begin, ((begin, end),)),),
+                why="the policy reuses nothing",
             )
         reports.append(report)
     return Explanation(
@@ -112,13 +132,31 @@ def _where(placement: Placement) -> str:
     return "at home, but behind other tokens"
 
 
-def _refreshed(plan: RecoveryPlan, is_global: np.ndarray, begin: int, end: int) -> tuple[int, int]:
-    """(layer, head) pairs refreshed somewhere in [begin, end), and the most rows live in it."""
-    heads = rows = 0
-    for layer, step in enumerate(plan.layers):
-        live = np.diff(np.searchsorted(step.live, (begin, end)))[0]
-        fresh = np.diff(np.searchsorted(step.fresh_local, (begin, end)))[0]
-        rows = max(rows, int(live))
-        num_global = int(is_global[layer].sum())
-        heads += num_global * (live > 0) + (is_global.shape[1] - num_global) * (fresh > 0)
-    return int(heads), rows
+def _inside(rows: np.ndarray, begin: int, end: int) -> np.ndarray:
+    return rows[slice(*np.searchsorted(rows, (begin, end)))]
+
+
+def _live_ranges(live: Sequence[np.ndarray]) -> tuple[LiveRange, ...]:
+    """Runs of layers in which the same rows live."""
+    ranges: list[LiveRange] = []
+    before = np.empty(0, dtype=np.int64)
+    for layer, rows in enumerate(live):
+        if len(rows) and np.array_equal(rows, before):
+            ranges[-1] = replace(ranges[-1], end_layer=layer + 1)
+        elif len(rows):
+            gaps = np.flatnonzero(np.diff(rows) > 1)
+            begins, ends = rows[np.r_[0, gaps + 1]], rows[np.r_[gaps, -1]] + 1
+            runs = tuple(zip(begins.tolist(), ends.tolist(), strict=True))
+            ranges.append(LiveRange(layer, layer + 1, len(rows), runs))
+        before = rows
+    return tuple(ranges)
+
+
+def _refreshed(rows: Sequence[_HostTrace], is_global: np.ndarray, begin: int, end: int) -> int:
+    """(layer, head) pairs of which some K/V in [begin, end) were replaced."""
+    heads = 0
+    for step, classes in zip(rows, is_global, strict=True):
+        num_global = int(classes.sum())
+        heads += num_global * bool(len(_inside(step.fresh, begin, end)))
+        heads += (len(classes) - num_global) * bool(len(_inside(step.fresh_local, begin, end)))
+    return heads

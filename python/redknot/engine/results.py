@@ -8,7 +8,23 @@ from torch import Tensor
 
 from redknot.recovery import Ledger
 
-__all__ = ["DocumentReport", "Explanation", "Generation", "Prefill"]
+__all__ = ["DocumentReport", "Explanation", "Generation", "LiveRange", "Prefill"]
+
+
+@dataclass(frozen=True)
+class LiveRange:
+    """Rows of a document that passed attention and FFN in the layers [begin_layer, end_layer).
+
+    `positions` are half-open runs of true positions, `num_rows` of them in all.
+    """
+
+    begin_layer: int
+    end_layer: int
+    num_rows: int
+    positions: tuple[tuple[int, int], ...]
+
+    def __str__(self) -> str:
+        return f"{self.num_rows} rows in layers {self.begin_layer}-{self.end_layer - 1}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,11 @@ class DocumentReport:
     heads_reused, heads_refreshed : int
         (layer, KV head) pairs whose K/V of this document are the cached ones, or were replaced.
     rows_recomputed : int
-        Tokens whose hidden state was carried through the layers.
+        The most tokens whose hidden state was carried through one layer.
+    live : tuple of LiveRange
+        Which rows lived, where; ascending by layer.
+    why : str
+        Why these; empty when none did.
     """
 
     id: str
@@ -44,13 +64,21 @@ class DocumentReport:
     heads_reused: int
     heads_refreshed: int
     rows_recomputed: int
+    live: tuple[LiveRange, ...]
+    why: str
 
     def __str__(self) -> str:
         return (
             f"{self.id}  tokens {self.begin}-{self.end}  {self.source}: {self.reason}; "
-            f"heads reused {self.heads_reused}, refreshed {self.heads_refreshed} "
-            f"({self.rows_recomputed} rows recomputed)"
+            f"heads reused {self.heads_reused}, refreshed {self.heads_refreshed}; {self._rows()}"
         )
+
+    def _rows(self) -> str:
+        """What lived, in words."""
+        if not self.live:
+            return "0 rows recomputed"
+        ranges = ", ".join(str(item) for item in self.live)
+        return f"{self.rows_recomputed} rows recomputed ({ranges}): {self.why}"
 
 
 @dataclass(frozen=True)

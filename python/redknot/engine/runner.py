@@ -1,50 +1,20 @@
-"""Runs a recovery plan layer by layer, and decode steps, over the pages of a pool."""
+"""Runs prefills, decode steps and offline passes of one model over the pages of a pool."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from redknot import ops
 from redknot.cache import KVPool
-from redknot.cache.page_selection import PageSelector
+from redknot.engine.live_rows import Prompt
+from redknot.engine.recovery_pass import HeadRules, LayerTrace, RecoveryPass, TokenSlots
 from redknot.models.decoder import Decoder
-from redknot.recovery import FfnRule, FlopCounter, LayerPlan, PromptLayout, RecoveryPlan
+from redknot.recovery import FlopCounter
 
-__all__ = ["HeadRules", "Prompt", "Runner", "TokenSlots"]
-
-# Slots [num_rows, num_kv_heads] of the rows that a pass computes, by layer.
-TokenSlots = Callable[[int], np.ndarray]
-
-
-@dataclass(frozen=True)
-class HeadRules:
-    """What each head of a session is and sees: matrices [num_layers, num_kv_heads]."""
-
-    is_global: np.ndarray
-    windows: np.ndarray
-    sinks: np.ndarray
-    selector: PageSelector | None = None  # which pages retrieval heads read while decoding
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as the runner needs it: tokens and layout by true position, and the plan."""
-
-    token_ids: np.ndarray
-    layout: PromptLayout
-    plan: RecoveryPlan
-
-    def key_positions(self) -> np.ndarray:
-        """Position each token's key is rotated at: its home in its own document."""
-        positions = np.arange(len(self.token_ids))
-        for document in self.layout.documents:
-            positions[document.begin : document.end] -= document.offset
-        return positions
+__all__ = ["HeadRules", "LayerTrace", "Prompt", "Runner", "TokenSlots"]
 
 
 class Runner:
@@ -66,47 +36,13 @@ class Runner:
         *,
         tail_slots: TokenSlots,
         counter: FlopCounter,
-    ) -> Tensor:
-        """Compute the live rows of every layer and write the K/V that the plan refreshes.
+    ) -> tuple[Tensor, list[LayerTrace]]:
+        """Logits [vocab_size] of a prompt's last row, and which document rows lived.
 
-        The session's rows hold all tokens already (attached documents, room for the query), and
-        pages to be written are private. `tail_slots(layer)` gives the slots of the query's rows,
-        [num_query_rows, num_kv_heads]. Returns the logits [vocab_size] of the last row.
+        See `RecoveryPass` for the arguments.
         """
-        decoder, plan = self.decoder, prompt.plan
-        query = prompt.layout.query_positions
-        key_positions = prompt.key_positions()
-        live = plan.layers[0].live
-        rows = np.concatenate([live, query])
-        hidden = decoder.embed(self._tensor(prompt.token_ids[rows], torch.int64))
-        cu_seqlens_q, q_positions = self._query_index(rows)
-        forced = _ForcedRows(decoder.device)
-        for layer, step in enumerate(plan.layers):
-            if step.live is not live:
-                kept = np.concatenate([np.isin(live, step.live), np.ones(len(query), dtype=bool)])
-                hidden = hidden[self._tensor(kept, torch.bool)]
-                live = step.live
-                rows = np.concatenate([live, query])
-                cu_seqlens_q, q_positions = self._query_index(rows)
-            normed = decoder.attention_norm(layer, hidden)
-            self._refresh_kv(
-                session, layer, normed, rows, key_positions, step, rules, tail_slots, counter
-            )
-            out = self._attend(session, layer, normed, cu_seqlens_q, q_positions, rules)
-            hidden = decoder.add_attention(layer, hidden, out)
-            counter.query_and_output(len(rows))
-            counter.rotation(len(rows) * decoder.shape.num_q_heads)
-            counter.attention(rows, rules.windows[layer], rules.sinks[layer])
-            if step.ffn is None:
-                hidden = decoder.add_ffn(layer, hidden)
-                counter.ffn(len(rows))
-            else:
-                indices, count = self._select(out, step.ffn, forced.mask(step.ffn, rows))
-                hidden = decoder.add_sparse_ffn(layer, hidden, indices, count)
-                counter.selection(len(rows))
-                counter.ffn_later(count)
-        counter.lm_head()
-        return decoder.logits(hidden[-1:])[0]
+        work = RecoveryPass(self.decoder, self.pool, session, prompt, rules, tail_slots, counter)
+        return work.run(), work.trace
 
     @torch.inference_mode()
     def encode(
@@ -129,7 +65,7 @@ class Runner:
         """
         decoder, shape, num_rows = self.decoder, self.decoder.shape, len(token_ids)
         rows = np.arange(first_position, first_position + num_rows)
-        cu_seqlens_q, q_positions = self._query_index(rows)
+        cu_seqlens_q, q_positions = self._tensor(np.array([0, num_rows])), self._tensor(rows)
         hidden, kept = decoder.embed(self._tensor(token_ids, torch.int64)), None
         for layer in range(shape.num_layers):
             if layer == hidden_layer:
@@ -145,104 +81,23 @@ class Runner:
                 progress()
             if layer == shape.num_layers - 1:
                 break
-            out = self._attend(session, layer, normed, cu_seqlens_q, q_positions, rules)
+            out = self.pool.attend(
+                decoder.query(layer, normed, q_positions),
+                [session],
+                layer,
+                cu_seqlens_q=cu_seqlens_q,
+                q_positions=q_positions,
+                row_window=self._tensor(rules.windows[layer]),
+                row_sink=self._tensor(rules.sinks[layer]),
+                inv_freq=decoder.inv_freq,
+                softmax_scale=decoder.softmax_scale,
+            )
             hidden = decoder.add_ffn(layer, decoder.add_attention(layer, hidden, out))
             counter.query_and_output(num_rows)
             counter.rotation(num_rows * shape.num_q_heads)
             counter.attention(rows, rules.windows[layer], rules.sinks[layer])
             counter.ffn(num_rows)
         return kept
-
-    def _attend(
-        self,
-        session: int,
-        layer: int,
-        normed: Tensor,
-        cu_seqlens_q: Tensor,
-        q_positions: Tensor,
-        rules: HeadRules,
-    ) -> Tensor:
-        """Attention output [num_rows, num_q_heads, head_dim] of some rows of one session."""
-        return self.pool.attend(
-            self.decoder.query(layer, normed, q_positions),
-            [session],
-            layer,
-            cu_seqlens_q=cu_seqlens_q,
-            q_positions=q_positions,
-            row_window=self._tensor(rules.windows[layer]),
-            row_sink=self._tensor(rules.sinks[layer]),
-            inv_freq=self.decoder.inv_freq,
-            softmax_scale=self.decoder.softmax_scale,
-        )
-
-    def _query_index(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        return self._tensor(np.array([0, len(rows)])), self._tensor(rows)
-
-    def _refresh_kv(
-        self,
-        session: int,
-        layer: int,
-        normed: Tensor,
-        rows: np.ndarray,
-        key_positions: np.ndarray,
-        step: LayerPlan,
-        rules: HeadRules,
-        tail_slots: TokenSlots,
-        counter: FlopCounter,
-    ) -> None:
-        """Write K/V: global heads of all live rows, local heads of the query and `fresh_local`."""
-        num_kv_heads = self.decoder.shape.num_kv_heads
-        slots = np.concatenate(
-            [self.pool.allocator.position_slots(session, layer, step.live), tail_slots(layer)]
-        )
-        global_heads = np.flatnonzero(rules.is_global[layer])
-        if len(step.live) == len(step.fresh_local) or len(global_heads) == num_kv_heads:
-            writes = [(np.arange(len(rows)), np.arange(num_kv_heads))]
-        else:
-            fresh = np.searchsorted(step.live, step.fresh_local)
-            fresh = np.concatenate([fresh, np.arange(len(step.live), len(rows))])
-            local_heads = np.flatnonzero(~rules.is_global[layer])
-            writes = [(np.arange(len(rows)), global_heads), (fresh, local_heads)]
-        for chosen, heads in writes:
-            if not len(heads) or not len(chosen):
-                continue
-            all_rows = len(chosen) == len(rows)
-            k, v = self.decoder.key_value(
-                layer,
-                normed if all_rows else normed[self._tensor(chosen, torch.int64)],
-                self._tensor(key_positions[rows[chosen]]),
-                tuple(int(head) for head in heads),
-            )
-            self.pool.write(k, v, np.ascontiguousarray(slots[np.ix_(chosen, heads)]))
-            columns = len(heads) if self.decoder.computes_columns(layer) else num_kv_heads
-            counter.key_value(len(chosen), columns)
-            counter.rotation(len(chosen) * len(heads))
-
-    def _select(
-        self, attention_out: Tensor, rule: FfnRule, forced: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Rows whose FFN runs, as (indices [num_rows] int32 padded, count [1] int32).
-
-        Everything stays on the device: the host never waits for the count.
-        """
-        num_rows = len(attention_out)
-        index = torch.arange(num_rows, dtype=torch.int32, device=attention_out.device)
-        chosen, count = ops.select_tokens(
-            ops.token_importance(attention_out),
-            self._tensor(np.array([0, num_rows])),
-            mass=rule.mass,
-            recent_n=0,
-            min_keep=rule.min_keep,
-        )
-        # One slot more than rows takes the padding.
-        keep = torch.zeros(num_rows + 1, dtype=torch.bool, device=attention_out.device)
-        keep[torch.where(index < count, chosen, num_rows).long()] = True
-        keep[:num_rows] |= forced
-        keep = keep[:num_rows]
-        place = torch.where(keep, keep.cumsum(0) - 1, num_rows)
-        indices = torch.zeros(num_rows + 1, dtype=torch.int32, device=attention_out.device)
-        indices[place] = index
-        return indices[:num_rows], keep.sum(dtype=torch.int32).reshape(1)
 
     def decode(
         self, sessions: Sequence[int], token_ids: Tensor, rules: Sequence[HeadRules]
@@ -301,19 +156,3 @@ class Runner:
             hidden = decoder.add_attention(layer, hidden, out)
             hidden = decoder.add_ffn(layer, hidden)
         return decoder.logits(hidden[self._tensor(ends - 1, torch.int64)])
-
-
-class _ForcedRows:
-    """The mask of rows whose FFN always runs; layers with the same rule and rows share it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._of: tuple[np.ndarray, np.ndarray] | None = None
-        self._mask = torch.empty(0)
-
-    def mask(self, rule: FfnRule, rows: np.ndarray) -> Tensor:
-        forced = rule.forced_positions
-        if self._of is None or self._of[0] is not forced or self._of[1] is not rows:
-            self._of = (forced, rows)
-            self._mask = torch.from_numpy(np.isin(rows, forced)).to(self._device)
-        return self._mask

@@ -7,6 +7,7 @@ used; where they are plain, single heads' columns and the fused sparse FFN are t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,9 @@ class Decoder:
         self.softmax_scale = float(self._layers[0].self_attn.scaling) * float(
             rotary.attention_scaling**2
         )
-        self._head_columns: dict[tuple[int, tuple[int, ...]], tuple[Tensor, ...]] = {}
+        self._head_columns: dict[
+            tuple[int, tuple[str, ...], tuple[int, ...]], tuple[Tensor, Tensor]
+        ] = {}
         self._every_row = torch.empty(0, dtype=torch.int32, device=self.device)
 
     # --- a layer, step by step -------------------------------------------------------------------
@@ -92,10 +95,18 @@ class Decoder:
         """The norm in front of a layer's projections."""
         return _normed(self._layers[layer].input_layernorm, hidden)
 
-    def query(self, layer: int, normed: Tensor, positions: Tensor) -> Tensor:
-        """Queries [num_rows, num_q_heads, head_dim], rotated at `positions` [num_rows] int32."""
+    def query(
+        self, layer: int, normed: Tensor, positions: Tensor, heads: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """Queries [num_rows, num_q_heads, head_dim], rotated at `positions` [num_rows] int32.
+
+        With `heads`, KV heads, only of the query heads that share them.
+        """
         attention = self._layers[layer].self_attn
-        q = attention.q_proj(normed).view(len(normed), self.shape.num_q_heads, -1)
+        if heads is not None and len(heads) < self.shape.num_kv_heads:
+            (q,) = self._some_heads(layer, normed, self._query_heads(heads), ("q_proj",))
+        else:
+            q = attention.q_proj(normed).view(len(normed), self.shape.num_q_heads, -1)
         if self.family.qk_norm:
             q = _normed(attention.q_norm, q)
         return ops.rope_realign(q, positions, self.inv_freq)
@@ -110,7 +121,7 @@ class Decoder:
         """
         attention = self._layers[layer].self_attn
         if heads is not None and len(heads) < self.shape.num_kv_heads:
-            k, v = self._some_heads(layer, normed, heads)
+            k, v = self._some_heads(layer, normed, heads, ("k_proj", "v_proj"))
         else:
             k, v = (
                 projection(normed).view(len(normed), self.shape.num_kv_heads, -1)
@@ -120,39 +131,44 @@ class Decoder:
             k = _normed(attention.k_norm, k)
         return ops.rope_realign(k, positions, self.inv_freq), v
 
+    def _query_heads(self, heads: tuple[int, ...]) -> tuple[int, ...]:
+        """Query heads of some KV heads."""
+        group = self.shape.group_size
+        return tuple(q for head in heads for q in range(head * group, (head + 1) * group))
+
     def _some_heads(
-        self, layer: int, normed: Tensor, heads: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
+        self, layer: int, normed: Tensor, heads: tuple[int, ...], names: tuple[str, ...]
+    ) -> tuple[Tensor, ...]:
+        """Some heads' columns [num_rows, len(heads), head_dim] of each of some projections."""
         attention = self._layers[layer].self_attn
-        projections = (attention.k_proj, attention.v_proj)
+        projections = [getattr(attention, name) for name in names]
         if not all(_is_plain_linear(projection) for projection in projections):
             index = torch.tensor(heads, device=self.device)
-            k, v = (
-                projection(normed).view(len(normed), self.shape.num_kv_heads, -1)[:, index]
+            return tuple(
+                projection(normed).view(len(normed), -1, self.shape.head_dim)[:, index]
                 for projection in projections
             )
-            return k, v
-        if (layer, heads) not in self._head_columns:
-            self._head_columns[layer, heads] = self._columns_of(projections, heads)
-        weight, bias = self._head_columns[layer, heads]
-        kv = F.linear(normed, weight, bias if len(bias) else None)
-        kv = kv.view(len(normed), 2, len(heads), self.shape.head_dim)
-        return kv[:, 0], kv[:, 1]
+        key = (layer, names, heads)
+        if key not in self._head_columns:
+            self._head_columns[key] = self._columns_of(projections, heads)
+        weight, bias = self._head_columns[key]
+        out = F.linear(normed, weight, bias if len(bias) else None)
+        return out.view(len(normed), len(names), len(heads), self.shape.head_dim).unbind(1)
 
     def _columns_of(
-        self, projections: tuple[Any, ...], heads: tuple[int, ...]
+        self, projections: Sequence[Any], heads: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the heads' K columns, then their V columns."""
+        """Weight and bias of the heads' columns of each projection, one behind the other."""
         dim = self.shape.head_dim
         rows = torch.cat([torch.arange(h * dim, (h + 1) * dim) for h in heads]).to(self.device)
         weight = torch.cat([p.weight.detach()[rows] for p in projections])
         biases = [p.bias.detach()[rows] for p in projections if p.bias is not None]
         return weight, torch.cat(biases) if biases else weight.new_empty(0)
 
-    def computes_columns(self, layer: int) -> bool:
-        """Whether K/V of single heads cost only their own columns (for the ledger)."""
+    def computes_columns(self, layer: int, *projections: str) -> bool:
+        """Whether single heads of these projections cost only their columns (for the ledger)."""
         attention = self._layers[layer].self_attn
-        return _is_plain_linear(attention.k_proj) and _is_plain_linear(attention.v_proj)
+        return all(_is_plain_linear(getattr(attention, name)) for name in projections)
 
     def add_attention(self, layer: int, hidden: Tensor, attention_out: Tensor) -> Tensor:
         """Hidden + O(attention_out), with attention_out [num_rows, num_q_heads, head_dim].

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from redknot.heads import HeadMap
-from redknot.recovery.plan import LayerPlan, PromptLayout, RecoveryPlan
+from redknot.recovery.plan import NOTHING, LayerPlan, PromptLayout, RecoveryPlan
 from redknot.recovery.policy import Policy
 
 __all__ = ["Dense"]
@@ -27,5 +25,4 @@ class Dense(Policy):
 
     def plan(self, layout: PromptLayout, heads: HeadMap) -> RecoveryPlan:
         """No document row is recovered: all tokens are rows of the query already."""
-        nothing = np.empty(0, dtype=np.int64)
-        return RecoveryPlan((LayerPlan(nothing, nothing),) * heads.num_layers)
+        return RecoveryPlan((LayerPlan(NOTHING, NOTHING, NOTHING),) * heads.num_layers)

@@ -7,10 +7,13 @@ counts every visible (query head, key) pair exactly, from the visibility rule.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
+
+from redknot.recovery.plan import PromptLayout
 
 __all__ = ["FlopCounter", "Ledger", "ModelShape", "dense_prefill_flops", "visible_keys"]
 
@@ -42,13 +45,26 @@ def visible_keys(positions: np.ndarray, window: int, sink: int) -> int:
     return int((seen - outside + np.minimum(outside, sink)).sum())
 
 
+def own_keys(positions: np.ndarray, window: int, layout: PromptLayout) -> int:
+    """Count the keys of prefix and own document that document rows see (window < 0: all)."""
+    begins = np.array([document.begin for document in layout.documents], dtype=np.int64)
+    own = begins[np.searchsorted(begins, positions, side="right") - 1]
+    seen_from = np.zeros_like(positions) if window < 0 else np.maximum(positions - window + 1, 0)
+    prefix = np.maximum(layout.prefix_end - seen_from, 0)
+    return int((prefix + positions - np.maximum(own, seen_from) + 1).sum())
+
+
+def _on_host(positions: np.ndarray | Tensor) -> np.ndarray:
+    return positions.cpu().numpy() if isinstance(positions, Tensor) else positions
+
+
 @dataclass
 class FlopCounter:
     """Adds up FLOPs by part while a prefill runs."""
 
     shape: ModelShape
     parts: dict[str, float] = field(default_factory=dict)
-    _ffn_counts: list[Tensor] = field(default_factory=list)
+    _later: list[Callable[[], None]] = field(default_factory=list)
 
     def _add(self, part: str, flops: float) -> None:
         self.parts[part] = self.parts.get(part, 0.0) + flops
@@ -64,13 +80,62 @@ class FlopCounter:
             "projections", 4.0 * rows * self.shape.hidden_dim * num_kv_heads * self.shape.head_dim
         )
 
-    def attention(self, positions: np.ndarray, windows: np.ndarray, sinks: np.ndarray) -> None:
-        """QK and PV of one layer; windows, sinks [num_kv_heads]; positions of the query rows."""
+    def attention(
+        self, positions: np.ndarray | Tensor, windows: np.ndarray, sinks: np.ndarray
+    ) -> None:
+        """QK and PV of one layer; windows, sinks [num_kv_heads]; positions of the query rows.
+
+        Counted when the ledger is closed, so that nothing waits for positions on the device.
+        """
+        self._later.append(lambda: self._attention("attention", positions, windows, sinks))
+
+    def _attention(
+        self,
+        part: str,
+        positions: np.ndarray | Tensor,
+        windows: np.ndarray,
+        sinks: np.ndarray,
+    ) -> None:
+        rows = _on_host(positions)
         rules = Counter(zip(windows.tolist(), sinks.tolist(), strict=True))
         pairs = sum(
-            count * visible_keys(positions, window, sink) for (window, sink), count in rules.items()
+            count * visible_keys(rows, window, sink) for (window, sink), count in rules.items()
         )
-        self._add("attention", 4.0 * self.shape.head_dim * self.shape.group_size * pairs)
+        self._pairs(part, pairs)
+
+    def _pairs(self, part: str, pairs: int) -> None:
+        """QK and PV of (KV head, query row, key) triples."""
+        self._add(part, 4.0 * self.shape.head_dim * self.shape.group_size * pairs)
+
+    def probe(self, positions: Tensor, windows: np.ndarray, *, columns: int) -> None:
+        """Queries, rotation, attention and norm of some KV heads alone.
+
+        `windows` [num_heads] are theirs, `columns` for how many heads queries were computed.
+        """
+        shape, rows = self.shape, len(positions)
+        dims = shape.group_size * shape.head_dim
+        self._add("probe", 2.0 * rows * shape.hidden_dim * columns * dims)
+        self._add("probe", (3.0 + 2.0) * rows * len(windows) * dims)
+        no_sink = np.zeros_like(windows)
+        self._later.append(lambda: self._attention("probe", positions, windows, no_sink))
+
+    def own_attention(self, positions: Tensor, windows: np.ndarray, layout: PromptLayout) -> None:
+        """Attention of document rows to the prefix and their own document, and the difference.
+
+        `windows` [num_heads] of the global heads that it runs for.
+        """
+        rows, shape = len(positions), self.shape
+        self._add("probe", 4.0 * rows * len(windows) * shape.group_size * shape.head_dim)
+
+        def count() -> None:
+            host = _on_host(positions)
+            self._pairs("probe", sum(own_keys(host, int(w), layout) for w in windows))
+
+        self._later.append(count)
+
+    def kv_shift(self, rows: int, num_kv_heads: int) -> None:
+        """Squared distances of new K and V from cached ones."""
+        self._add("selection", 6.0 * rows * num_kv_heads * self.shape.head_dim)
 
     def rotation(self, head_rows: int) -> None:
         """Rotations of `head_rows` vectors of head_dim (three operations an element)."""
@@ -86,13 +151,13 @@ class FlopCounter:
 
     def ffn_later(self, count: Tensor) -> None:
         """Like `ffn`, for a count [1] on the device; it is read when the ledger is closed."""
-        self._ffn_counts.append(count)
+        self._later.append(lambda: self.ffn(int(count)))
 
     def close(self) -> dict[str, float]:
-        """Read the counts that stayed on the device and return the parts."""
-        for count in self._ffn_counts:
-            self.ffn(int(count))
-        self._ffn_counts.clear()
+        """Read what stayed on the device and return the parts."""
+        for count in self._later:
+            count()
+        self._later.clear()
         return dict(self.parts)
 
     def lm_head(self) -> None:
@@ -128,7 +193,8 @@ class Ledger:
     Attributes
     ----------
     parts : dict
-        FLOPs by part: projections, attention, rotation, selection, ffn, lm_head.
+        FLOPs by part: projections, attention, rotation, ffn, lm_head; probe, what it takes to know
+        what global heads bring in; selection, other scores of rows.
     dense_flops : float
         Dense prefill of the same token stream.
     prefix_cached_dense_flops : float

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from redknot.heads import HeadMap
-from redknot.recovery.plan import LayerPlan, PromptLayout, RecoveryPlan
+from redknot.recovery.plan import NOTHING, LayerPlan, PromptLayout, RecoveryPlan
 from redknot.recovery.policy import Policy
 
 __all__ = ["Naive"]
@@ -18,13 +16,12 @@ __all__ = ["Naive"]
 class Naive(Policy):
     """Reuse every document's K/V verbatim in all heads; no row of a document lives.
 
-    Heads see what the head map lets them see, as under every other policy, so that it differs from
-    RedKnot in the recovery alone.
+    Heads see what the head map lets them see, as under RedKnot, so that it differs from it in the
+    recovery alone.
     """
 
     name: ClassVar[str] = "naive"
 
     def plan(self, layout: PromptLayout, heads: HeadMap) -> RecoveryPlan:
         """Nothing is live but the query."""
-        nothing = np.empty(0, dtype=np.int64)
-        return RecoveryPlan((LayerPlan(nothing, nothing),) * heads.num_layers)
+        return RecoveryPlan((LayerPlan(NOTHING, NOTHING, NOTHING),) * heads.num_layers)

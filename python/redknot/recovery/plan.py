@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 
-__all__ = ["FfnRule", "LayerPlan", "Placement", "PromptLayout", "RecoveryPlan"]
+__all__ = [
+    "NOTHING",
+    "SIGNALS",
+    "FfnRule",
+    "LayerPlan",
+    "Pick",
+    "Placement",
+    "PromptLayout",
+    "RecoveryPlan",
+    "Signal",
+]
+
+NOTHING = np.empty(0, dtype=np.int64)  # no row
 
 
 @dataclass(frozen=True)
@@ -68,7 +81,13 @@ class PromptLayout:
 
 
 def _concat(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+    return np.concatenate(parts) if parts else NOTHING
+
+
+# The norm of the attention output of all heads before the output projection (as published), the
+# norm of what the global heads bring in from other segments, or nothing but chance.
+Signal: TypeAlias = Literal["attention_norm", "foreign", "random"]
+SIGNALS: tuple[Signal, ...] = ("attention_norm", "foreign", "random")
 
 
 @dataclass(frozen=True)
@@ -76,38 +95,88 @@ class FfnRule:
     """Which live rows a layer's FFN runs for (all of them when a layer has no rule).
 
     The smallest set that holds `mass` of the importance, at least `min_keep` rows, and always the
-    rows at `forced_positions`.
+    rows at `forced_positions`. Importance is `signal`; "foreign" adds up over the layers so far
+    (a layer before the first global head runs for every row), "random" is drawn from `seed`.
     """
 
     mass: float
     min_keep: int
     forced_positions: np.ndarray
+    signal: Signal = "attention_norm"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Rows of documents that are chosen while the prefill runs; the others are dropped for good.
+
+    Attributes
+    ----------
+    keep : int
+        How many rows are kept, `always` not counted.
+    always : np.ndarray
+        Positions that are kept besides, ascending.
+    by : {"foreign", "attention_norm", "kv_shift"}
+        What is large for the rows that are kept. "foreign" and "attention_norm" are taken of the
+        layer's global heads, whose queries alone are computed for it; "kv_shift" is how far the new
+        K and V of all heads lie from the cached ones, so all rows' must be fresh in this layer.
+    """
+
+    keep: int
+    always: np.ndarray
+    by: Literal["foreign", "attention_norm", "kv_shift"]
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer of a recovery.
+    """One layer of a recovery: K and V first, then the pick, then attention and FFN.
+
+    The query's rows are always live and fresh, and never listed. Of `live` and `fresh` one contains
+    the other. Rows that the layer before did not carry enter from the documents' stored hidden
+    states. From a pick on, a set stands for what was kept of it: it is either the very array that
+    the pick's layer had as `live`, or all of it is in `Pick.always`.
 
     Attributes
     ----------
     live : np.ndarray
-        Positions of document rows whose hidden state is carried through this layer, ascending. The
-        query's rows are always live and not listed. A subset of the layer before.
+        Positions of document rows that pass attention and FFN, ascending.
+    fresh : np.ndarray
+        Positions whose K/V replace the cached ones in global heads.
     fresh_local : np.ndarray
-        Positions, among `live`, whose K/V replace the cached ones in local heads too; in global
-        heads all of `live` do.
+        Positions, among `fresh`, whose K/V replace the cached ones in local heads too.
+    pick : Pick, optional
+        Rows of `live` (the larger of the two sets) that are kept from here on.
     ffn : FfnRule, optional
         None: the FFN runs for every live row.
     """
 
     live: np.ndarray
+    fresh: np.ndarray
     fresh_local: np.ndarray
     ffn: FfnRule | None = None
+    pick: Pick | None = None
+
+    @property
+    def present(self) -> np.ndarray:
+        """Rows that reach the layer's input: the larger of `live` and `fresh`."""
+        return self.live if len(self.live) >= len(self.fresh) else self.fresh
 
 
 @dataclass(frozen=True)
 class RecoveryPlan:
-    """A policy's decision for one prompt."""
+    """A policy's decision for one prompt.
+
+    Attributes
+    ----------
+    layers : tuple of LayerPlan
+    reason : str
+        Why these rows live, for the explanation.
+    """
 
     layers: tuple[LayerPlan, ...]
-    notes: tuple[str, ...] = field(default=())
+    reason: str = ""
+
+    @property
+    def picks(self) -> bool:
+        """Whether some of the rows are chosen only while the prefill runs."""
+        return any(step.pick is not None for step in self.layers)

@@ -9,7 +9,8 @@ import numpy as np
 
 from redknot.errors import InputError
 from redknot.heads import HeadMap
-from redknot.recovery.plan import FfnRule, LayerPlan, PromptLayout, RecoveryPlan
+from redknot.recovery.options import check_counts, check_shares, check_signals
+from redknot.recovery.plan import FfnRule, LayerPlan, PromptLayout, RecoveryPlan, Signal
 from redknot.recovery.policy import Policy
 
 __all__ = ["RedKnot"]
@@ -29,7 +30,7 @@ class RedKnot(Policy):
         Layers below it run the FFN for every live row.
     ffn_mass : float
         From `dense_until` on, the FFN runs for the smallest set of rows that holds this share of
-        the importance (norm of the attention output). 1: every row.
+        the importance (`signal`). 1: every row.
     deep_start, ffn_mass_deep : int, float, optional
         From layer `deep_start` on, `ffn_mass_deep` takes the place of `ffn_mass`.
     recent_n : int
@@ -38,6 +39,9 @@ class RedKnot(Policy):
         The least number of rows that the FFN runs for.
     boundary_rows : int
         First rows of each moved document that are refreshed in local heads too.
+    signal : {"attention_norm", "foreign", "random"}
+        What makes a row important for the sparse FFN: the norm of its attention output, as
+        published; what the global heads bring in from other segments; chance, drawn from `seed`.
     """
 
     dense_until: int = 0
@@ -47,18 +51,17 @@ class RedKnot(Policy):
     recent_n: int = 128
     min_keep: int = 1
     boundary_rows: int = 0
+    signal: Signal = "attention_norm"
+    seed: int = 0
 
     name: ClassVar[str] = "redknot"
 
     def __post_init__(self) -> None:
-        for option in ("ffn_mass", "ffn_mass_deep"):
-            value = getattr(self, option)
-            if value is not None and not 0.0 < value <= 1.0:
-                raise InputError(f"RedKnot: {option} must be in (0, 1], got {value}")
-        for option in ("dense_until", "deep_start", "recent_n", "min_keep", "boundary_rows"):
-            value = getattr(self, option)
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise InputError(f"RedKnot: {option} must be an int >= 0, got {value!r}")
+        check_shares(self, "ffn_mass", "ffn_mass_deep")
+        check_counts(
+            self, "dense_until", "deep_start", "recent_n", "min_keep", "boundary_rows", "seed"
+        )
+        check_signals(self, "signal")
         if (self.deep_start is None) != (self.ffn_mass_deep is None):
             raise InputError("RedKnot: deep_start and ffn_mass_deep belong together; give both")
 
@@ -79,6 +82,8 @@ class RedKnot(Policy):
         layers = []
         for layer in range(heads.num_layers):
             mass = self.mass_of_layer(layer)
-            rule = FfnRule(mass, self.min_keep, forced) if mass < 1.0 else None
-            layers.append(LayerPlan(live, fresh_local, rule))
-        return RecoveryPlan(tuple(layers))
+            rule = None
+            if mass < 1.0:
+                rule = FfnRule(mass, self.min_keep, forced, self.signal, self.seed + layer)
+            layers.append(LayerPlan(live, live, fresh_local, rule))
+        return RecoveryPlan(tuple(layers), reason="every row of a moved document")

@@ -1,0 +1,174 @@
+"""Which document rows a prefill carries: sets of the plan, and what a pick keeps of them.
+
+Everything is a tensor of positions on the model's device. The host knows how many rows live at any
+time, but after a pick no longer which: nothing ever waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from redknot.recovery import Pick, PromptLayout, RecoveryPlan
+
+__all__ = ["LiveRows", "Prompt"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the runner needs it: tokens and layout by true position, and the plan.
+
+    `hidden` are the stored hidden states [num_tokens, hidden_dim] of each document of the layout,
+    where the plan lets rows enter from them.
+    """
+
+    token_ids: np.ndarray
+    layout: PromptLayout
+    plan: RecoveryPlan
+    hidden: Sequence[Tensor | None] = ()
+
+    def key_positions(self) -> np.ndarray:
+        """Position each token's key is rotated at: its home in its own document."""
+        positions = np.arange(len(self.token_ids))
+        for document in self.layout.documents:
+            positions[document.begin : document.end] -= document.offset
+        return positions
+
+    def hidden_of(self, positions: np.ndarray, like: Tensor) -> Tensor:
+        """Stored hidden states [len(positions), hidden_dim] of document rows, by true position."""
+        parts = []
+        for document, hidden in zip(self.layout.documents, self.hidden, strict=True):
+            wanted = positions[np.searchsorted(positions, document.begin) :]
+            wanted = wanted[: np.searchsorted(wanted, document.end)]
+            if not len(wanted):
+                continue
+            assert hidden is not None  # the policy's entry_layer asked for it
+            if len(wanted) < len(hidden):
+                hidden = hidden[torch.from_numpy(wanted - document.begin).to(like.device)]
+            parts.append(hidden)
+        return torch.cat(parts) if parts else like[:0]
+
+
+class LiveRows:
+    """The rows that a prefill carries at the moment: documents' rows, then the query's.
+
+    Attributes
+    ----------
+    positions : Tensor [num_rows], int64
+        True positions, ascending.
+    num_documents : int
+        How many of them are rows of documents.
+    q_positions : Tensor [num_rows], int32
+        The same, for the attention.
+    cu_seqlens_q : Tensor [2], int32
+    foreign : Tensor [num_rows], fp32, or None
+        What global heads have brought in from other segments so far, if anyone asked.
+    """
+
+    def __init__(self, prompt: Prompt, device: torch.device) -> None:
+        self._prompt = prompt
+        self._device = device
+        self._tensors: dict[int, Tensor] = {}  # of the plan's arrays, which outlive this object
+        self._picked_from: np.ndarray | None = None
+        self._picked = self._index(np.empty(0))
+        self._always: np.ndarray = np.empty(0)
+        self._query = self._index(prompt.layout.query_positions)
+        self.key_positions = torch.from_numpy(prompt.key_positions()).int().to(device)
+        self.foreign: Tensor | None = None
+        self._set = prompt.plan.layers[0].present
+        self._carry(self.tensor(self._set))
+
+    def _index(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, torch.int64)
+
+    def _carry(self, documents: Tensor) -> None:
+        self.documents = documents
+        self.num_documents = len(documents)
+        self.positions = torch.cat([documents, self._query]) if len(documents) else self._query
+        self.q_positions = self.positions.int()
+        self.cu_seqlens_q = torch.tensor(
+            [0, len(self.positions)], dtype=torch.int32, device=self._device
+        )
+
+    # --- sets of the plan ------------------------------------------------------------------------
+
+    def tensor(self, rows: np.ndarray) -> Tensor:
+        """Positions of a set as the plan has it, int64 on the device."""
+        if id(rows) not in self._tensors:
+            self._tensors[id(rows)] = self._index(rows)
+        return self._tensors[id(rows)]
+
+    def now(self, rows: np.ndarray) -> Tensor:
+        """What a set of the plan stands for now: all of it, or what the pick kept."""
+        if rows is self._picked_from:
+            return self._picked
+        assert self._picked_from is None or np.isin(rows, self._always).all()
+        return self.tensor(rows)
+
+    def rank(self, rows: np.ndarray, part: Tensor) -> Tensor | None:
+        """Where the rows `part` stand in a set as the plan has it; None: they are all of it."""
+        return None if len(part) == len(rows) else torch.searchsorted(self.tensor(rows), part)
+
+    # --- what changes them -----------------------------------------------------------------------
+
+    def move(self, rows: np.ndarray, hidden: Tensor) -> Tensor:
+        """Carry the set `rows` from here on: drop what is not in it, let the others enter.
+
+        Returns `hidden` [num_rows, hidden_dim] for the new rows.
+        """
+        if rows is self._set:
+            return hidden
+        if len(rows) > self.num_documents and rows is not self._picked_from:
+            return self._enter(rows, hidden)
+        (hidden,) = self.keep(rows, hidden)
+        return hidden
+
+    def keep(self, rows: np.ndarray, *of_rows: Tensor) -> tuple[Tensor, ...]:
+        """Carry the set `rows`, all of which live already; narrow tensors that are per row."""
+        documents, num_before = self.now(rows), self.num_documents
+        if len(documents) == num_before:
+            self._set = rows
+            return of_rows
+        if not len(documents):
+            index: slice | Tensor = slice(num_before, None)
+        else:
+            chosen = torch.searchsorted(self.documents, documents)
+            query = torch.arange(num_before, len(self.positions), device=self._device)
+            index = torch.cat([chosen, query])
+        self._set = rows
+        self._carry(documents)
+        if self.foreign is not None:
+            self.foreign = self.foreign[index]
+        return tuple(tensor[index] for tensor in of_rows)
+
+    def _enter(self, rows: np.ndarray, hidden: Tensor) -> Tensor:
+        assert self.foreign is None
+        before = self._set
+        entering = np.setdiff1d(rows, before, assume_unique=True) if len(before) else rows
+        stored = self._prompt.hidden_of(entering, hidden)
+        num_before = self.num_documents
+        self._set = rows
+        self._carry(self.tensor(rows))
+        if not num_before:
+            return torch.cat([stored, hidden])
+        place = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        place[torch.searchsorted(self.documents, self.tensor(before))] = torch.arange(
+            num_before, device=self._device
+        )
+        place[torch.searchsorted(self.documents, self._index(entering))] = torch.arange(
+            num_before, len(rows), device=self._device
+        )
+        return torch.cat([torch.cat([hidden[:num_before], stored])[place], hidden[num_before:]])
+
+    def pick(self, pick: Pick, rows: np.ndarray, importance: Tensor) -> None:
+        """Decide what `rows` stands for from now on; `importance` [len(rows)], larger is kept."""
+        if len(pick.always):
+            always = torch.searchsorted(self.tensor(rows), self.tensor(pick.always))
+            importance = importance.index_fill(0, always, torch.inf)
+        chosen = importance.topk(pick.keep + len(pick.always)).indices.sort().values
+        self._picked = self.tensor(rows)[chosen]
+        self._picked_from, self._always = rows, pick.always

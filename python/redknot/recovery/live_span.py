@@ -1,0 +1,117 @@
+"""Ours: few rows, live between the first and the last global head, chosen by what these bring."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from redknot.errors import InputError
+from redknot.heads import HeadMap
+from redknot.recovery.options import check_counts, check_shares, check_signals
+from redknot.recovery.plan import FfnRule, Pick, PromptLayout, RecoveryPlan, Signal
+from redknot.recovery.policy import Policy
+from redknot.recovery.span import SpanRows, span_entry_layer, span_plan
+
+__all__ = ["LiveSpan"]
+
+
+@dataclass(frozen=True)
+class LiveSpan(Policy):
+    """Rows live only where they can matter, and only those that something reached.
+
+    With the cached K/V of local heads taken as right, a row of a moved document differs from its
+    offline self only through global heads. So rows enter at the first layer with a global head,
+    from the hidden state that the offline pass stored there; that layer's global heads alone are
+    computed for all of them, and the rows that these heads change least are dropped at once and
+    keep their cached K/V. The others live until the last layer with a global head has their K
+    and V.
+
+    Parameters
+    ----------
+    row_fraction : float
+        Share of the moved documents' rows that are kept, in [0, 1], edge rows not counted.
+    min_rows : int
+        The least number of rows that are kept.
+    signal : {"foreign", "attention_norm"}
+        Which rows are kept: those with the largest part of the global heads' output that comes
+        from other segments, or with the largest output. `RandomRows` is the control.
+    ffn_mass : float
+        From `dense_until` on, the FFN runs for the smallest set of live rows that holds this share
+        of the importance. 1: every live row.
+    ffn_signal : {"foreign", "attention_norm", "random"}
+        The importance.
+    dense_until : int
+        Layers below it run the FFN for every live row.
+    edge_rows : int
+        First rows of each moved document that live from the first layer on: local heads there let
+        them see the end of the document before.
+    boundary_rows : int
+        First rows of each moved document that live in every layer, with K/V replaced in all heads.
+    seed : int
+        Of the random signal.
+    """
+
+    row_fraction: float = 0.1
+    min_rows: int = 1
+    signal: Literal["foreign", "attention_norm"] = "foreign"
+    ffn_mass: float = 1.0
+    ffn_signal: Signal = "foreign"
+    dense_until: int = 0
+    edge_rows: int = 4
+    boundary_rows: int = 0
+    seed: int = 0
+
+    name: ClassVar[str] = "live_span"
+
+    def __post_init__(self) -> None:
+        check_shares(self, "row_fraction", zero=True)
+        check_shares(self, "ffn_mass")
+        check_counts(self, "min_rows", "dense_until", "edge_rows", "boundary_rows", "seed")
+        check_signals(self, "ffn_signal")
+        if self.signal not in ("foreign", "attention_norm"):
+            raise InputError(
+                f"LiveSpan: signal must be foreign or attention_norm, got {self.signal!r}"
+            )
+
+    def entry_layer(self, heads: HeadMap) -> int | None:
+        """First layer with a global head, unless no row enters there."""
+        return span_entry_layer(heads) if self.row_fraction or self.min_rows else None
+
+    def plan(self, layout: PromptLayout, heads: HeadMap) -> RecoveryPlan:
+        """Rows between the first and the last layer with a global head; picked in the first."""
+        rows = SpanRows.of(layout, self.boundary_rows, self.edge_rows)
+        keep = max(math.ceil(self.row_fraction * len(rows.span)), self.min_rows)
+        pick = None
+        if not keep:
+            rows = replace(rows, span=rows.edge)
+        elif keep < len(rows.span) - len(rows.edge):
+            pick = Pick(keep, rows.edge, self.signal)
+        forced = np.concatenate([rows.edge, layout.query_positions])
+
+        def ffn(layer: int) -> FfnRule | None:
+            if self.ffn_mass >= 1.0 or layer < self.dense_until:
+                return None
+            return FfnRule(self.ffn_mass, 1, forced, self.ffn_signal, self.seed + layer)
+
+        return RecoveryPlan(
+            span_plan(heads, rows, pick=pick, ffn=ffn), reason=self._reason(heads, pick)
+        )
+
+    def _reason(self, heads: HeadMap, pick: Pick | None) -> str:
+        which = "every row of a moved document"
+        if pick is not None:
+            most = {
+                "foreign": "into which they bring most from other documents",
+                "attention_norm": "with the largest output of these",
+            }[self.signal]
+            which = (
+                f"the {pick.keep} rows of the prompt {most}, by the global heads of layer "
+                f"{heads.first_global_layer}"
+            )
+        return (
+            f"the first {self.edge_rows} of the document; {which}; none behind layer "
+            f"{heads.last_global_layer}, the last with a global head"
+        )

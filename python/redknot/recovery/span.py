@@ -1,0 +1,92 @@
+"""The live span: the layers between the first and the last global head, where rows matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from redknot.heads import HeadMap
+from redknot.recovery.plan import FfnRule, LayerPlan, Pick, PromptLayout
+
+__all__ = ["SpanRows", "span_entry_layer", "span_plan"]
+
+
+@dataclass(frozen=True)
+class SpanRows:
+    """Row sets of a plan over the live span: positions, ascending, each set within the next.
+
+    Attributes
+    ----------
+    boundary : np.ndarray
+        Rows that live in every layer, with K and V replaced in all heads.
+    edge : np.ndarray
+        Rows that live from the embeddings to the end of the span: the first ones of a document,
+        which local heads of early layers let see the document before.
+    span : np.ndarray
+        Rows that live in the span.
+    """
+
+    boundary: np.ndarray
+    edge: np.ndarray
+    span: np.ndarray
+
+    @classmethod
+    def of(cls, layout: PromptLayout, boundary_rows: int, edge_rows: int) -> SpanRows:
+        """Every row of the moved documents in the span."""
+        boundary = layout.boundary_positions(boundary_rows)
+        edge = boundary
+        if edge_rows > boundary_rows:
+            edge = layout.boundary_positions(edge_rows)
+        return cls(boundary, edge, layout.moved_positions)
+
+
+def span_entry_layer(heads: HeadMap) -> int | None:
+    """Layer whose stored hidden states rows enter from; None for embeddings, or for no rows.
+
+    What a global head brings into a clean row shows in the K and V of later global heads alone, so
+    with one such layer, or none, no row enters.
+    """
+    first = heads.first_global_layer
+    return first if first and first != heads.last_global_layer else None
+
+
+def span_plan(
+    heads: HeadMap,
+    rows: SpanRows,
+    *,
+    pick: Pick | None = None,
+    ffn: Callable[[int], FfnRule | None] = lambda layer: None,
+) -> tuple[LayerPlan, ...]:
+    """Plan that carries `rows.span` between the first and the last layer with a global head.
+
+    In the first, clean rows have the K and V that are cached; those of global heads are replaced
+    in later layers, the last included, where the rows end before they attend.
+
+    Parameters
+    ----------
+    heads : HeadMap
+    rows : SpanRows
+    pick : Pick, optional
+        Which rows are kept, in the span's first layer; the edge always is.
+    ffn : callable
+        The FFN's rule of a layer.
+    """
+    first, last = heads.first_global_layer, heads.last_global_layer
+    if first is None or last is None:
+        return (LayerPlan(rows.boundary, rows.boundary, rows.boundary),) * heads.num_layers
+    layers = []
+    for layer in range(heads.num_layers):
+        live = rows.span if layer >= first else rows.edge
+        fresh = rows.span if layer > first and heads.is_global[layer].any() else rows.edge
+        layers.append(
+            LayerPlan(
+                live if layer < last else rows.boundary,
+                fresh if layer <= last else rows.boundary,
+                rows.boundary,
+                ffn(layer) if first <= layer < last else None,
+                pick if layer == first < last else None,
+            )
+        )
+    return tuple(layers)
