@@ -116,6 +116,8 @@ def explain_shared(
                 heads_reused=num_heads,
                 heads_refreshed=0,
                 rows_recomputed=0,
+                live=(),
+                why="",
             )
             for document in recovered.documents
         ),
