@@ -177,7 +177,7 @@ def test_random_rows_are_a_live_span_of_rows_drawn_by_chance():
     drawn = set()
     for seed in (0, 1):
         made = make(*MODELS["llama"], classes=classes)
-        policy = RandomRows(row_fraction=0.2, edge_rows=3, seed=seed)
+        policy = RandomRows(row_fraction=0.2, edge_rows=3, draw_seed=seed)
         documents = [made[1].add(text) for text in made[2]]
         report = made[1].explain([documents[i] for i in (2, 0, 3, 1)], made[3], policy=policy)
         live = [

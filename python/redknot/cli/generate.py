@@ -12,8 +12,6 @@ from redknot.errors import InputError
 
 __all__ = ["add_parser", "run"]
 
-_POLICIES = ("redknot", "naive", "dense")
-
 
 def add_parser(subparsers: Any) -> None:
     """Add the sub-command."""
@@ -28,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--doc", action="append", default=[], help="text file (repeat for more)")
     parser.add_argument("--question", required=True)
     parser.add_argument("--prefix", help="system prompt; default: the model's BOS alone")
-    parser.add_argument("--policy", choices=_POLICIES, default="redknot")
+    parser.add_argument("--policy", choices=sorted(_policies()), default="redknot")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="runs per median (default 3)")
     parser.add_argument("--no-compare", action="store_true", help="leave the dense runs out")
@@ -47,13 +45,10 @@ def add_parser(subparsers: Any) -> None:
     sampling.add_argument("--top-k", type=int)
     sampling.add_argument("--top-p", type=float)
     sampling.add_argument("--seed", type=int)
-    options = parser.add_argument_group("options of the redknot policy")
-    for field in _redknot_fields():
-        options.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=float if "float" in str(field.type) else int,
-            help=f"default {field.default}",
-        )
+    options = parser.add_argument_group("options of policies")
+    for name, defaults in _options().items():
+        of = ", ".join(f"{policy}: {default}" for policy, default in defaults.items())
+        options.add_argument(f"--{name.replace('_', '-')}", type=_number, help=f"default of {of}")
     parser.set_defaults(run=run)
 
 
@@ -113,21 +108,45 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _redknot_fields() -> tuple[Any, ...]:
-    from redknot.recovery import RedKnot
+def _policies() -> dict[str, Any]:
+    from redknot.recovery import POLICIES
 
-    return dataclasses.fields(RedKnot)
+    return POLICIES
+
+
+def _options() -> dict[str, dict[str, Any]]:
+    """Names of all policies' options, and their default by policy."""
+    options: dict[str, dict[str, Any]] = {}
+    for policy, cls in _policies().items():
+        for field in dataclasses.fields(cls):
+            options.setdefault(field.name, {})[policy] = field.default
+    return options
+
+
+def _number(text: str) -> int | float | str:
+    """What an option's text says; the policy knows whether that makes sense."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
 
 
 def _policy(args: argparse.Namespace) -> Any:
-    from redknot.recovery import Dense, Naive, RedKnot
-
-    given = {f.name: getattr(args, f.name) for f in _redknot_fields()}
+    given = {name: getattr(args, name) for name in _options()}
     given = {name: value for name, value in given.items() if value is not None}
-    if args.policy != "redknot" and given:
-        option = next(iter(given)).replace("_", "-")
-        raise InputError(f"--{option} is an option of --policy redknot, not of {args.policy}")
-    return {"dense": Dense, "naive": Naive, "redknot": RedKnot}[args.policy](**given)
+    for name in given:
+        owners = _options()[name]
+        if args.policy not in owners:
+            raise InputError(
+                f"--{name.replace('_', '-')} is an option of --policy {' or '.join(owners)}, "
+                f"not of {args.policy}"
+            )
+    try:
+        return _policies()[args.policy](**given)
+    except TypeError as error:  # a word where a number belongs
+        raise InputError(f"--policy {args.policy}: {error}") from None
 
 
 def _read_text(path: str) -> str:

@@ -50,7 +50,7 @@ class LiveSpan(Policy):
         them see the end of the document before.
     boundary_rows : int
         First rows of each moved document that live in every layer, with K/V replaced in all heads.
-    seed : int
+    draw_seed : int
         Of the random signal.
     """
 
@@ -62,14 +62,14 @@ class LiveSpan(Policy):
     dense_until: int = 0
     edge_rows: int = 4
     boundary_rows: int = 0
-    seed: int = 0
+    draw_seed: int = 0
 
     name: ClassVar[str] = "live_span"
 
     def __post_init__(self) -> None:
         check_shares(self, "row_fraction", zero=True)
         check_shares(self, "ffn_mass")
-        check_counts(self, "min_rows", "dense_until", "edge_rows", "boundary_rows", "seed")
+        check_counts(self, "min_rows", "dense_until", "edge_rows", "boundary_rows", "draw_seed")
         check_signals(self, "ffn_signal")
         if self.signal not in ("foreign", "attention_norm"):
             raise InputError(
@@ -94,7 +94,7 @@ class LiveSpan(Policy):
         def ffn(layer: int) -> FfnRule | None:
             if self.ffn_mass >= 1.0 or layer < self.dense_until:
                 return None
-            return FfnRule(self.ffn_mass, 1, forced, self.ffn_signal, self.seed + layer)
+            return FfnRule(self.ffn_mass, 1, forced, self.ffn_signal, self.draw_seed + layer)
 
         return RecoveryPlan(
             span_plan(heads, rows, pick=pick, ffn=ffn), reason=self._reason(heads, pick)

@@ -19,7 +19,7 @@ __all__ = ["RandomRows"]
 
 @dataclass(frozen=True)
 class RandomRows(Policy):
-    """`LiveSpan` with rows drawn from `seed`; the draw depends on the prompt's layout alone.
+    """`LiveSpan` with rows drawn from `draw_seed`; the draw depends on the prompt's layout alone.
 
     Parameters
     ----------
@@ -27,18 +27,18 @@ class RandomRows(Policy):
         Share of the moved documents' rows that are drawn, in [0, 1], edge rows not counted.
     edge_rows : int
         As of `LiveSpan`.
-    seed : int
+    draw_seed : int
     """
 
     row_fraction: float = 0.1
     edge_rows: int = 4
-    seed: int = 0
+    draw_seed: int = 0
 
     name: ClassVar[str] = "random_rows"
 
     def __post_init__(self) -> None:
         check_shares(self, "row_fraction", zero=True)
-        check_counts(self, "edge_rows", "seed")
+        check_counts(self, "edge_rows", "draw_seed")
 
     def entry_layer(self, heads: HeadMap) -> int | None:
         """First layer with a global head, unless no row will live."""
@@ -49,7 +49,7 @@ class RandomRows(Policy):
         rows = SpanRows.of(layout, 0, self.edge_rows)
         others = np.setdiff1d(rows.span, rows.edge, assume_unique=True)
         keep = min(math.ceil(self.row_fraction * len(rows.span)), len(others))
-        drawn = np.random.default_rng(self.seed).choice(others, keep, replace=False)
+        drawn = np.random.default_rng(self.draw_seed).choice(others, keep, replace=False)
         rows = replace(rows, span=np.union1d(drawn, rows.edge))
         return RecoveryPlan(
             span_plan(heads, rows),

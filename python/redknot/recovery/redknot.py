@@ -41,7 +41,7 @@ class RedKnot(Policy):
         First rows of each moved document that are refreshed in local heads too.
     signal : {"attention_norm", "foreign", "random"}
         What makes a row important for the sparse FFN: the norm of its attention output, as
-        published; what the global heads bring in from other segments; chance, drawn from `seed`.
+        published; what the global heads bring in from other segments; chance (`draw_seed`).
     """
 
     dense_until: int = 0
@@ -52,14 +52,14 @@ class RedKnot(Policy):
     min_keep: int = 1
     boundary_rows: int = 0
     signal: Signal = "attention_norm"
-    seed: int = 0
+    draw_seed: int = 0
 
     name: ClassVar[str] = "redknot"
 
     def __post_init__(self) -> None:
         check_shares(self, "ffn_mass", "ffn_mass_deep")
         check_counts(
-            self, "dense_until", "deep_start", "recent_n", "min_keep", "boundary_rows", "seed"
+            self, "dense_until", "deep_start", "recent_n", "min_keep", "boundary_rows", "draw_seed"
         )
         check_signals(self, "signal")
         if (self.deep_start is None) != (self.ffn_mass_deep is None):
@@ -84,6 +84,6 @@ class RedKnot(Policy):
             mass = self.mass_of_layer(layer)
             rule = None
             if mass < 1.0:
-                rule = FfnRule(mass, self.min_keep, forced, self.signal, self.seed + layer)
+                rule = FfnRule(mass, self.min_keep, forced, self.signal, self.draw_seed + layer)
             layers.append(LayerPlan(live, live, fresh_local, rule))
         return RecoveryPlan(tuple(layers), reason="every row of a moved document")
