@@ -8,6 +8,7 @@
 // stacks, buffers), an asynchronous copy poisons its destination when issued and lands only at the
 // wait that needs it, warps interleave as a schedule says, and whatever the hardware leaves
 // undefined ends in an Error with file, line, block and thread.
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -232,6 +233,17 @@ template <typename T>
 T __ldg(const T* address, const simt::Where& where = simt::Where::current()) {
   simt::check_global(address, sizeof(T), where);
   return *address;
+}
+template <typename T>
+T atomicAdd(T* address, T value) {  // nobody else runs meanwhile
+  const T before = *address;
+  *address = before + value;
+  return before;
+}
+inline void sincospif(float x, float* sine, float* cosine) {
+  constexpr double kPi = 3.14159265358979323846;
+  *sine = static_cast<float>(std::sin(kPi * x));
+  *cosine = static_cast<float>(std::cos(kPi * x));
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }

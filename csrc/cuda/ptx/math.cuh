@@ -11,6 +11,17 @@
 
 namespace redknot::gpu::ptx {
 
+// x, of which the compiler forgets where it came from: what is computed from it is computed here,
+// and not once before a loop, to be carried through it in registers that the loop needs.
+__device__ __forceinline__ int recomputed(int x) {
+#ifdef RK_SIMT
+  return x;
+#else
+  asm volatile("" : "+r"(x));
+  return x;
+#endif
+}
+
 // 2^x to about 2 ulp; tiny results are 0, and 2^-inf is 0.
 __device__ __forceinline__ float exp2(float x) {
 #ifdef RK_SIMT
@@ -18,6 +29,17 @@ __device__ __forceinline__ float exp2(float x) {
 #else
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// 1 / x to about 1 ulp, for x whose inverse is no denormal.
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef RK_SIMT
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
 }

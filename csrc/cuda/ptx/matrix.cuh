@@ -16,28 +16,32 @@
 //   C 16x8:  c[0..1] (row group, columns 2 member..), c[2..3]: row group + 8
 namespace redknot::gpu::ptx {
 
-// Four 8x8 matrices; lane l gives the address of row l % 8 of matrix l / 8. Register i is matrix i:
+// Four 8x8 matrices; lane l gives where row l % 8 of matrix l / 8 is, in bytes from a base that all
+// lanes share: offsets are 32-bit sums, pointers would be 64-bit ones. Register i is matrix i:
 // row lane / 4, columns 2 (lane % 4) and the next.
-__device__ __forceinline__ void load_matrix_x4(uint32_t (&registers)[4], const void* row RK_WHERE) {
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&registers)[4],
+                                               const void* base,
+                                               int bytes RK_WHERE) {
 #ifdef RK_SIMT
-  ::simt::load_matrix_x4(registers, row, false, where);
+  ::simt::load_matrix_x4(registers, static_cast<const char*>(base) + bytes, false, where);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(base)) + bytes)
                : "memory");
 #endif
 }
 
 // The same, each matrix transposed: register i is column lane / 4, rows 2 (lane % 4) and the next.
 __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&registers)[4],
-                                                          const void* row RK_WHERE) {
+                                                          const void* base,
+                                                          int bytes RK_WHERE) {
 #ifdef RK_SIMT
-  ::simt::load_matrix_x4(registers, row, true, where);
+  ::simt::load_matrix_x4(registers, static_cast<const char*>(base) + bytes, true, where);
 #else
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(base)) + bytes)
                : "memory");
 #endif
 }

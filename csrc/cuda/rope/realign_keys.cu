@@ -14,6 +14,7 @@
 #include "cuda/common/element.cuh"
 #include "cuda/common/launch_shape.h"
 #include "cuda/kernels_cuda.h"
+#include "cuda/rope/angles.cuh"
 #include "cuda/rope/key_rows.h"
 
 namespace redknot::gpu {
@@ -29,25 +30,6 @@ template <typename T, int kSize>
 struct Columns {
   Vector<T, kSize> first;
   Vector<T, kSize> second;
-};
-
-// Angles are rounded to fp32, as everywhere, and then taken exactly: whole turns go in fp64, which
-// is right for any position, and sincospif has no slow path for large arguments, whose registers
-// and local memory sincosf costs every caller.
-template <int kSize>
-struct Angles {
-  float sine[kSize];
-  float cosine[kSize];
-
-  __device__ Angles(const float* inv_freq, int32_t offset) {
-    constexpr double kTurnsPerRadian = 0.15915494309189535;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float angle = static_cast<float>(offset) * inv_freq[i];
-      const double turns = angle * kTurnsPerRadian;
-      sincospif(2.0f * static_cast<float>(turns - rint(turns)), &sine[i], &cosine[i]);
-    }
-  }
 };
 
 template <typename T, int kSize>

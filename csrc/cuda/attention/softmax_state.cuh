@@ -1,0 +1,233 @@
+#pragma once
+
+#include <cmath>
+
+#include "cuda/attention/shared_tile.cuh"
+#include "cuda/ptx/math.cuh"
+#include "cuda/ptx/matrix.cuh"
+
+// One warp's part of the online softmax: 16 kRowTiles query rows against its keys of every block.
+//
+// Scores count in units of log2: s = q . k * softmax_scale * log2(e), the scale > 0. After a block,
+// for each row, maximum = max s, denominator = sum 2^(s - maximum), sums = sum 2^(s - maximum) v. A
+// lane holds what the C fragment of mma.m16n8k16 gives it (ptx/matrix.cuh): of rows lane / 4 and
+// lane / 4 + 8 of each row tile, two columns in eight. Its denominator is of its own columns alone
+// until the end.
+namespace redknot::gpu {
+
+template <typename T, int kHeadDim, bool kIsPrefill>
+struct SoftmaxState {
+  using Shape = TileShape<kHeadDim, kIsPrefill>;
+  using Matrix = SharedMatrix<T, kHeadDim>;
+  static constexpr int kRowTiles = Shape::kRowTiles;
+  static constexpr int kColumnTiles = kHeadDim / 8;
+  static constexpr int kKeyTiles = Shape::kKeysPerWarp / 8;
+  static constexpr uint32_t kAllLanes = 0xffffffffu;
+
+  float sums[kRowTiles][kColumnTiles][4];
+  float maximum[kRowTiles][2];
+  float denominator[kRowTiles][2];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        maximum[tile][half] = -INFINITY;
+        denominator[tile][half] = 0.0f;
+      }
+#pragma unroll
+      for (int column = 0; column < kColumnTiles; ++column) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[tile][column][i] = 0.0f;
+      }
+    }
+  }
+
+  // Rows of this warp start at first_row, its keys at first_key of the block.
+  __device__ void add_block(const Matrix& queries,
+                            const Matrix& keys,
+                            const Matrix& values,
+                            const KeyBlock<Shape::kChunks>& block,
+                            const int32_t* positions,
+                            const Reach& reach,
+                            float scale_log2,
+                            int first_row,
+                            int first_key) {
+    float scores[kRowTiles][kKeyTiles][4];
+    multiply_keys(queries, keys, first_row, first_key, scores);
+    if (block.is_partial) mask(block, positions + first_row, reach, first_key, scores);
+    exponentiate(scale_log2, scores);
+    multiply_values(values, first_key, scores);
+  }
+
+  // Denominators of whole rows, in every lane that holds a part of them.
+  __device__ void finish() {
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        denominator[tile][half] = row_sum(denominator[tile][half]);
+      }
+    }
+  }
+
+ private:
+  using Scores = float[kRowTiles][kKeyTiles][4];
+
+  __device__ static void multiply_keys(
+      const Matrix& queries, const Matrix& keys, int first_row, int first_key, Scores& scores) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+      for (int key = 0; key < kKeyTiles; ++key) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores[tile][key][i] = 0.0f;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+        const int row = first_row + tile * kMmaRows + lane % 16;
+        ptx::load_matrix_x4(a[tile], queries.base, Matrix::byte_offset(row, k * 2 + lane / 16));
+      }
+#pragma unroll
+      for (int key = 0; key < kKeyTiles; key += 2) {
+        const int row = first_key + key * 8 + lane / 16 * 8 + lane % 8;
+        uint32_t b[4];
+        ptx::load_matrix_x4(b, keys.base, Matrix::byte_offset(row, k * 2 + lane / 8 % 2));
+        const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          ptx::mma_16816<T>(scores[tile][key], a[tile], first);
+          ptx::mma_16816<T>(scores[tile][key + 1], a[tile], second);
+        }
+      }
+    }
+  }
+
+  __device__ static void mask(const KeyBlock<Shape::kChunks>& block,
+                              const int32_t* positions,
+                              const Reach& reach,
+                              int first_key,
+                              Scores& scores) {
+    const int lane = ptx::recomputed(threadIdx.x % kWarpSize);
+    int32_t queries[kRowTiles][2], unseen[kRowTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t query = positions[tile * kMmaRows + lane / 4 + half * 8];
+        const int64_t behind = int64_t{query} - reach.window;
+        queries[tile][half] = query;
+        // The last position that has left the window.
+        unseen[tile][half] = reach.window < 0 || behind < 0 ? -1 : static_cast<int32_t>(behind);
+      }
+    }
+#pragma unroll
+    for (int key = 0; key < kKeyTiles; ++key) {
+      const int chunk = (first_key + key * 8) / kChunkKeys;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int in_chunk = key % 2 * 8 + lane % 4 * 2 + i;
+        // A slot without a token lies behind every query.
+        const int32_t position =
+            in_chunk < block.num_valid[chunk] ? block.position[chunk] + in_chunk : INT32_MAX;
+        const bool is_sink = position < reach.sink;
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            // Without short cuts: selections instead of branches.
+            const bool in_reach = (position > unseen[tile][half]) | is_sink;
+            float& score = scores[tile][key][2 * half + i];
+            score = (position <= queries[tile][half]) & in_reach ? score : -INFINITY;
+          }
+        }
+      }
+    }
+  }
+
+  // Scores become 2^(s - maximum); what was summed before is scaled to the new maximum.
+  __device__ void exponentiate(float scale_log2, Scores& scores) {
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float highest = -INFINITY;
+#pragma unroll
+        for (int key = 0; key < kKeyTiles; ++key) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            highest = fmaxf(highest, scores[tile][key][i]);
+          }
+        }
+        highest = fmaxf(maximum[tile][half], row_maximum(highest) * scale_log2);
+        // Nothing seen so far: subtract 0, for inf - inf is NaN.
+        const float reference = highest == -INFINITY ? 0.0f : highest;
+        const float shrink = ptx::exp2(maximum[tile][half] - reference);
+        maximum[tile][half] = highest;
+        float sum = 0.0f;
+#pragma unroll
+        for (int key = 0; key < kKeyTiles; ++key) {
+#pragma unroll
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            scores[tile][key][i] = ptx::exp2(fmaf(scores[tile][key][i], scale_log2, -reference));
+            sum += scores[tile][key][i];
+          }
+        }
+        denominator[tile][half] = denominator[tile][half] * shrink + sum;
+#pragma unroll
+        for (int column = 0; column < kColumnTiles; ++column) {
+          sums[tile][column][2 * half] *= shrink;
+          sums[tile][column][2 * half + 1] *= shrink;
+        }
+      }
+    }
+  }
+
+  // The C fragments of two neighbouring key tiles are, rounded, the A fragment of 16 keys.
+  __device__ void multiply_values(const Matrix& values, int first_key, const Scores& scores) {
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int key = 0; key < kKeyTiles; key += 2) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* pair = &scores[tile][key + i / 2][i % 2 * 2];
+          a[tile][i] = ptx::pack<T>(pair[0], pair[1]);
+        }
+      }
+      const int row = first_key + key * 8 + lane % 16;
+#pragma unroll
+      for (int column = 0; column < kColumnTiles; column += 2) {
+        uint32_t b[4];
+        ptx::load_matrix_x4_transposed(
+            b, values.base, Matrix::byte_offset(row, column + lane / 16));
+        const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          ptx::mma_16816<T>(sums[tile][column], a[tile], first);
+          ptx::mma_16816<T>(sums[tile][column + 1], a[tile], second);
+        }
+      }
+    }
+  }
+
+  // Over the four lanes that share a row.
+  __device__ static float row_maximum(float value) {
+    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
+    return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
+  }
+  __device__ static float row_sum(float value) {
+    value += __shfl_xor_sync(kAllLanes, value, 1);
+    return value + __shfl_xor_sync(kAllLanes, value, 2);
+  }
+};
+
+}  // namespace redknot::gpu
