@@ -71,8 +71,8 @@ cudaError_t launch_attention(const SegPagedAttentionParams& params,
   }
   if (status != cudaSuccess) return status;
   constexpr uint32_t kMergeBlocks = 1024;
-  merge_splits_kernel<T, kHeadDim><<<std::min<int64_t>(kMergeBlocks, most), 128, 0, stream>>>(
-      params, items, static_cast<int32_t>(input.prefill_rows));
+  merge_splits_kernel<T, kHeadDim>
+      <<<std::min<int64_t>(kMergeBlocks, most), 128, 0, stream>>>(params, plan);
   return cudaGetLastError();
 }
 
