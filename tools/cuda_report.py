@@ -41,6 +41,7 @@ class Rule:
 # no kernel is an error too.
 RULES = (
     Rule(r"^move_rows_kernel<uint4,", ("LDG.128", "STG.128")),
+    Rule(r"^attend_kernel<", ("HMMA", "LDSM", "LDGSTS")),
     Rule(r"^realign_keys_kernel<(float, 4|__nv_bfloat16, 8|__half, 8),", ("LDG.128", "STG.128")),
 )
 # Worth a column of the table where present.

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/attention/plan.h"
+#include "redknot/attention.h"
 #include "redknot/pages.h"
 #include "redknot/rope.h"
 
@@ -14,5 +16,16 @@ namespace redknot::gpu {
 [[nodiscard]] cudaError_t rope_realign(const RopeRealignParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t rope_realign_pages(const RopeRealignPagesParams& params,
                                              cudaStream_t stream);
+
+// The plans of `num_layers` layers, one behind the other, GpuPlanLayout(input).num_words each; the
+// arrays of `input` are the layers', in the same way.
+[[nodiscard]] cudaError_t seg_paged_plan(const GpuPlanInput& input,
+                                         int64_t num_layers,
+                                         int32_t* plans,
+                                         cudaStream_t stream);
+// params.plan is one of these, of plan_input(params); params.maybe_workspace holds
+// max_partial_rows() rows of head_dim + 2 floats.
+[[nodiscard]] cudaError_t seg_paged_attention(const SegPagedAttentionParams& params,
+                                              cudaStream_t stream);
 
 }  // namespace redknot::gpu

@@ -115,8 +115,7 @@ class PagedAttention {
             num_kv_heads_,
             num_q_heads_,
             static_cast<int64_t>(positions_.size()),
-            case_.page_size,
-            prefill_rows(kHeadDim)};
+            case_.page_size};
   }
 
   SegPagedAttentionParams make_params(simt::Buffer<int32_t>& plan,

@@ -36,11 +36,11 @@ inline std::vector<int32_t> reference_plan(const GpuPlanInput& in) {
     plan[layout.row_item + r] = static_cast<int32_t>(items.size());
     plan[layout.row_partial + r] = num_partial_rows;
     for (int32_t i = 0; i < row.num_items(); ++i) {
-      const WorkItem item = row.item(in, i, num_partial_rows);
+      const WorkItem item = row.item(i, num_partial_rows);
       items.push_back({item, plan_class(in, item, row.is_prefill)});
     }
     num_prefill_items += row.is_prefill ? row.num_items() : 0;
-    num_partial_rows += row.num_partial_rows(in);
+    num_partial_rows += row.num_partial_rows();
   }
   plan[layout.row_item + in.num_rows()] = static_cast<int32_t>(items.size());
   std::stable_sort(

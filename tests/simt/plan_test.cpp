@@ -20,7 +20,6 @@ struct Lengths {
   int32_t num_kv_heads = 2;
   int32_t group = 4;
   int32_t page_size = 64;
-  int64_t head_dim = 128;
   int num_layers = 1;  // layer l: context shorter by 16 l keys
 };
 
@@ -62,8 +61,7 @@ class Plan {
             lengths_.num_kv_heads,
             int64_t{lengths_.num_kv_heads} * lengths_.group,
             static_cast<int64_t>(positions_.size()),
-            lengths_.page_size,
-            prefill_rows(lengths_.head_dim)};
+            lengths_.page_size};
   }
 
   std::vector<WorkItem> items() const {
@@ -124,7 +122,7 @@ class Plan {
         next_ref = parts[s].ref_end;
         CHECK((parts[s].partial < 0) == (parts.size() == 1));
         const int64_t rows = (parts[s].q_end - parts[s].q_begin) * in.group_size();
-        CHECK(rows <= in.prefill_rows);
+        CHECK(rows <= kPrefillRows);
         if (parts[s].partial < 0) continue;
         CHECK(parts[s].partial + rows <= max_partial_rows(in));
         for (int64_t r = 0; r < rows; ++r) CHECK_EQ(partials[parts[s].partial + r]++, 0);
@@ -162,7 +160,7 @@ std::vector<Lengths> cases() {
       {.queries = {1}, .context = {1}, .window = {-1}},
       {.queries = {1, 1, 1}, .context = {500, 7, 33000}, .window = {-1, 256}},
       {.queries = {300, 1, 0, 17, 4}, .context = {300, 9000, 0, 17, 5000}, .window = {-1, 64}},
-      {.queries = {1000}, .context = {70000}, .window = {-1, 256}, .head_dim = 256},
+      {.queries = {1000}, .context = {70000}, .window = {-1, 256}},
       {.queries = {9, 0}, .context = {0, 0}, .window = {-1}, .page_size = 16},
       {.queries = std::vector<int32_t>(400, 1),
        .context = std::vector<int32_t>(400, 3000),

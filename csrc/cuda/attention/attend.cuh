@@ -60,7 +60,7 @@ struct Attend {
         rows,
         {shared.queries},
         params.maybe_inv_freq,
-        static_cast<int32_t>(params.rotary_dim),
+        params.maybe_inv_freq == nullptr ? 0 : static_cast<int32_t>(params.rotary_dim),
         rotation_offset);
   }
 
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(128)
   for (int32_t i = blockIdx.x; i < header.num_items; i += gridDim.x) {
     const WorkItem item = items[i];
     if (item.num_splits == 1 || item.split != 0) continue;
-    const int32_t rows_per_split = i < header.num_prefill_items ? plan.prefill_rows : kDecodeRows;
+    const int32_t rows_per_split = i < header.num_prefill_items ? kPrefillRows : kDecodeRows;
     const int32_t kv_head = item.row % static_cast<int32_t>(params.num_kv_heads);
     const ResultRows rows{item.q_begin,
                           kv_head * plan.group_size,

@@ -4,6 +4,7 @@
 
 #include "cuda/attention/tile_shape.h"
 #include "cuda/common/host_device.h"
+#include "redknot/attention.h"
 #include "redknot/planner.h"
 
 // The work list of seg_paged_attention on a GPU: which (row, query tile, range of pages) there is,
@@ -49,7 +50,6 @@ struct GpuPlanInput {
   int64_t num_q_heads;
   int64_t num_tokens;
   int64_t page_size;
-  int64_t prefill_rows;  // of the tile shape
 
   RK_HOST_DEVICE int64_t num_rows() const { return num_seqs * num_kv_heads; }
   RK_HOST_DEVICE int64_t group_size() const { return num_q_heads / num_kv_heads; }
@@ -59,10 +59,23 @@ RK_HOST_DEVICE inline int64_t ceil_div(int64_t n, int64_t divisor) {
   return (n + divisor - 1) / divisor;
 }
 
+inline GpuPlanInput plan_input(const SegPagedAttentionParams& params) {
+  return {params.row_indptr,
+          params.cu_seqlens_q,
+          params.q_positions,
+          params.row_window,
+          params.row_sink,
+          params.num_seqs,
+          params.num_kv_heads,
+          params.num_q_heads,
+          params.num_tokens,
+          params.pool.page_size};
+}
+
 // --- sizes that follow from shapes
 // ----------------------------------------------------------------
 RK_HOST_DEVICE inline int64_t max_items(const GpuPlanInput& in) {
-  const int64_t tokens_per_tile = in.prefill_rows / in.group_size();
+  const int64_t tokens_per_tile = kPrefillRows / in.group_size();
   return in.num_rows() + ceil_div(in.num_tokens * in.num_kv_heads, tokens_per_tile) +
          kDecodeItemsGoal + kPrefillItemsGoal;
 }
@@ -71,7 +84,7 @@ RK_HOST_DEVICE inline int64_t max_items(const GpuPlanInput& in) {
 RK_HOST_DEVICE inline int64_t max_partial_rows(const GpuPlanInput& in) {
   const int64_t all = in.num_tokens * in.num_q_heads;
   const int64_t decode = 2 * kDecodeItemsGoal * kDecodeRows;
-  const int64_t prefill = kPrefillItemsGoal * in.prefill_rows;
+  const int64_t prefill = kPrefillItemsGoal * kPrefillRows;
   const bool may_prefill = in.num_tokens * in.group_size() > kDecodeRows;
   return all == 0 ? 0 : decode + (may_prefill ? prefill : 0);
 }
@@ -95,12 +108,9 @@ struct GpuPlanLayout {
 struct PlanShape {
   int64_t items;  // offset of the items in words
   int32_t group_size;
-  int32_t prefill_rows;
 
   explicit PlanShape(const GpuPlanInput& in)
-      : items(GpuPlanLayout(in).items),
-        group_size(static_cast<int32_t>(in.group_size())),
-        prefill_rows(static_cast<int32_t>(in.prefill_rows)) {}
+      : items(GpuPlanLayout(in).items), group_size(static_cast<int32_t>(in.group_size())) {}
 };
 
 // --- one row ----------------------------------------------------------------------------------
@@ -141,7 +151,7 @@ struct PlanRow {
     ref_begin = in.row_indptr[number];
     ref_end = in.row_indptr[number + 1];
     is_prefill = int64_t{q_end - q_begin} * group > kDecodeRows;
-    tile_tokens = is_prefill ? static_cast<int32_t>(in.prefill_rows) / group : q_end - q_begin;
+    tile_tokens = is_prefill ? kPrefillRows / group : q_end - q_begin;
     num_tiles = q_end > q_begin ? (q_end - q_begin + tile_tokens - 1) / tile_tokens : 0;
     num_splits = 1;
   }
@@ -158,17 +168,13 @@ struct PlanRow {
   }
 
   RK_HOST_DEVICE int32_t num_items() const { return num_tiles * num_splits; }
-  RK_HOST_DEVICE int32_t rows_of_partial(const GpuPlanInput& in) const {
-    return is_prefill ? static_cast<int32_t>(in.prefill_rows) : kDecodeRows;
-  }
-  RK_HOST_DEVICE int32_t num_partial_rows(const GpuPlanInput& in) const {
-    return num_splits > 1 ? num_items() * rows_of_partial(in) : 0;
+  RK_HOST_DEVICE int32_t rows_of_partial() const { return is_prefill ? kPrefillRows : kDecodeRows; }
+  RK_HOST_DEVICE int32_t num_partial_rows() const {
+    return num_splits > 1 ? num_items() * rows_of_partial() : 0;
   }
 
   // Item `number` of the row: all splits of a tile, then the next tile.
-  RK_HOST_DEVICE WorkItem item(const GpuPlanInput& in,
-                               int32_t number,
-                               int32_t first_partial) const {
+  RK_HOST_DEVICE WorkItem item(int32_t number, int32_t first_partial) const {
     const int32_t tile = number / num_splits;
     const int32_t split = number - tile * num_splits;
     const int32_t begin = q_begin + tile * tile_tokens;
@@ -182,7 +188,7 @@ struct PlanRow {
             static_cast<int32_t>(ref_begin + refs * (split + 1) / num_splits),
             split,
             num_splits,
-            num_splits > 1 ? first_partial + number * rows_of_partial(in) : -1};
+            num_splits > 1 ? first_partial + number * rows_of_partial() : -1};
   }
 };
 

@@ -117,7 +117,7 @@ class PlanMaker {
       if (r < num_rows_) {
         const PlanRow row = split_row(splits, r);
         items = row.num_items();
-        partial_rows = row.num_partial_rows(in_);
+        partial_rows = row.num_partial_rows();
       }
       int32_t all_items, all_partial_rows;
       const int32_t items_before = sum_before(items, &all_items);
@@ -157,7 +157,7 @@ class PlanMaker {
   __device__ WorkItem item(const PlanSplits& splits, int32_t i, int* item_class) const {
     const int32_t r = row_of(i);
     const PlanRow row = split_row(splits, r);
-    const WorkItem found = row.item(in_, i - row_item_[r], row_partial_[r]);
+    const WorkItem found = row.item(i - row_item_[r], row_partial_[r]);
     *item_class = plan_class(in_, found, row.is_prefill);
     return found;
   }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cmath>
+
 #include "cuda/attention/key_walker.cuh"
 #include "cuda/attention/tile_shape.h"
 #include "cuda/common/element.cuh"
@@ -90,6 +92,10 @@ __device__ void load_queries(const QueryRows<T>& rows,
 
   __syncthreads();
   const int num_pairs = rotary_dim / 2;
+  if (num_pairs == 0) {  // an offset but no frequencies: no number is right
+    for (int i = thread; i < rows.num_rows; i += kThreads) queries.at(i, 0) = from_float<T>(NAN);
+    return;
+  }
   const int rows_at_once = num_pairs < kThreads ? kThreads / num_pairs : 1;
   const int first_row = thread / num_pairs;
   if (first_row >= rows_at_once) return;

@@ -15,36 +15,35 @@ constexpr int kDecodeRows = kMmaRows;
 
 // A tile is kRows query rows (tokens x the query heads of one KV head) against blocks of kBlockKeys
 // keys. Warps share the rows in prefill and the keys of a block in decode.
-//
+constexpr int kPrefillRows = 128;
+
 // Decode is bound by reading pages: 16 rows hold the group of up to 16 query heads, each warp takes
 // one chunk of a block, and stages keep the memory busy. Two blocks per SM of 96 KiB have 128 KiB
 // in flight on an H100, and one has 64 KiB on an A100; HBM needs some 36 KiB per SM.
 //
 // Prefill is bound by tensor cores and, at 16 rows per warp, by reading K and V from shared memory:
-// 32 rows per warp halve that. With head_dim 256 the sums of 32 rows would not fit in registers.
+// 32 rows per warp halve that. With head_dim 256 the sums of 32 rows would not fit in registers, so
+// twice as many warps share them.
+//
+// A100 and H100 give a block 163 KiB of shared memory and more. GPUs of 8.6 and 8.9 give 99: too
+// little for prefill of 256, which the driver refuses there.
 template <int kHeadDim, bool kIsPrefill>
 struct TileShape {
   static_assert(kHeadDim == 32 || kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256);
   static constexpr int kRowTiles = kIsPrefill && kHeadDim <= 128 ? 2 : 1;  // of 16 rows, per warp
+  static constexpr int kRows = kIsPrefill ? kPrefillRows : kDecodeRows;
   // 32 where the scores of 64 keys would not fit in registers beside the sums (prefill of 128), or
-  // three stages of them in shared memory (decode of 256).
-  static constexpr int kBlockKeys = (kIsPrefill ? kHeadDim == 128 : kHeadDim == 256) ? 32 : 64;
+  // their stages in shared memory (256).
+  static constexpr int kBlockKeys = kHeadDim == 256 || (kIsPrefill && kHeadDim == 128) ? 32 : 64;
   static constexpr int kChunks = kBlockKeys / kChunkKeys;
-  static constexpr int kWarpsOverRows = kIsPrefill ? 4 : 1;
+  static constexpr int kWarpsOverRows = kRows / (kMmaRows * kRowTiles);
   static constexpr int kWarpsOverKeys = kIsPrefill ? 1 : kChunks;
   static constexpr int kThreads = kWarpSize * kWarpsOverRows * kWarpsOverKeys;
-  static constexpr int kRows = kMmaRows * kRowTiles * kWarpsOverRows;
   static constexpr int kKeysPerWarp = kBlockKeys / kWarpsOverKeys;
   static constexpr int kStages =
-      kIsPrefill ? (kBlockKeys == 32 ? 3 : 2) : (kHeadDim >= 128 ? 3 : (kHeadDim == 64 ? 4 : 5));
-  // 65,536 registers: 255 for each of 2 x 128 threads.
-  static constexpr int kBlocksPerSm = 2;
+      kIsPrefill ? (kHeadDim == 128 ? 3 : 2) : (kHeadDim >= 128 ? 3 : (kHeadDim == 64 ? 4 : 5));
+  // 65,536 registers of an SM: 255 for each of 256 threads.
+  static constexpr int kBlocksPerSm = kThreads > 128 ? 1 : 2;
 };
-
-// A100 and H100 give a block 163 KiB of shared memory and more. GPUs of 8.6 and 8.9 give 99: enough
-// for all but prefill of 256, which the driver refuses there.
-
-// Query rows of a prefill tile, for the plan.
-constexpr int prefill_rows(int64_t head_dim) { return head_dim <= 128 ? 128 : 64; }
 
 }  // namespace redknot::gpu
