@@ -47,14 +47,25 @@ step() { # name command...
 step machine bash -c "nvidia-smi; nvcc --version; $python -c 'import torch
 print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())'"
 CMAKE_ARGS="-DREDKNOT_CUDA=ON ${CMAKE_ARGS:-}" step build "$python" setup.py build_ext --inplace
-step test "$python" -m pytest -m gpu -rs tests/test_cuda_ops.py --junitxml "$out/test.xml"
+tests=(tests/test_cuda_ops.py tests/test_cuda_attention.py)
+step test "$python" -m pytest -m gpu -rs "${tests[@]}" --junitxml "$out/test.xml"
 if command -v compute-sanitizer >/dev/null; then
-  step memcheck compute-sanitizer --tool memcheck --error-exitcode 1 \
-    "$python" -m pytest -m gpu tests/test_cuda_ops.py -k small
+  for tool in memcheck racecheck; do
+    step "$tool" timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      "$python" -m pytest -m gpu "${tests[@]}" -k "small and not captured"
+  done
 else
   echo "=== memcheck: no compute-sanitizer on PATH"
 fi
 step pages "$python" benchmarks/gpu_pages.py --json "$out/pages.json"
+for name in attention rope; do
+  step "bench-$name" timeout 150 \
+    "$python" -m redknot.cli bench "$name" --device cuda --quick --json "$out/bench-$name.json"
+done
+if command -v ncu >/dev/null; then
+  step ncu timeout 90 ncu --kernel-name regex:attend_kernel --launch-count 6 --set full \
+    "$python" -m redknot.cli bench attention --device cuda --quick
+fi
 
 if ((${#failed[@]})); then
   echo "gpu_check: failed: ${failed[*]}"

@@ -83,11 +83,13 @@ def test_a_sound_build_raises_no_problem() -> None:
 def test_every_kind_of_problem_is_named() -> None:
     spilling = kernel_of("80", STL=2)
     spilling.spill_stores, spilling.spill_loads = 8, 4
-    assert judge([spilling], ("80", "90a"), [Rule("^copy<", ("LDG",)), Rule("^gone", ())]) == [
+    rules = [Rule("^copy<", ("LDG",), max_registers=31), Rule("^gone", ())]
+    assert judge([spilling], ("80", "90a"), rules) == [
         "no kernel was compiled for sm_90a",
         "copy<uint4> (sm_80) spills 12 bytes of registers",
         "copy<uint4> (sm_80) accesses local memory: 2 instructions",
         "copy<uint4> (sm_80) has no LDG",
+        "copy<uint4> (sm_80) uses 32 registers, its budget is 31",
         "no kernel matches ^gone",
     ]
 

@@ -31,17 +31,31 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Rule:
-    """Kernels whose readable name matches `kernel` must contain each of `instructions`."""
+    """What kernels whose readable name matches `kernel` must contain, and may use at most."""
 
     kernel: str
     instructions: tuple[str, ...]
+    max_registers: int = 255
 
 
 # What a kernel was written for, so that a refactoring cannot lose it silently. A rule that matches
 # no kernel is an error too.
 RULES = (
     Rule(r"^move_rows_kernel<uint4,", ("LDG.128", "STG.128")),
-    Rule(r"^attend_kernel<", ("HMMA", "LDSM", "LDGSTS")),
+    # Prefill takes every register that 256 threads of an SM can have, and must not spill. Decode
+    # lives from blocks per SM: as many of 128 threads as their shared memory lets in.
+    Rule(r"^attend_kernel<\w+, \d+, true>", ("HMMA", "LDSM", "LDGSTS")),
+    Rule(
+        r"^attend_kernel<\w+, (32|64|128), false>",
+        ("HMMA", "LDSM", "LDGSTS"),
+        max_registers=128,
+    ),
+    Rule(
+        r"^attend_kernel<\w+, 256, false>",
+        ("HMMA", "LDSM", "LDGSTS"),
+        max_registers=224,
+    ),
+    Rule(r"^plan_kernel", (), max_registers=64),
     Rule(r"^realign_keys_kernel<(float, 4|__nv_bfloat16, 8|__half, 8),", ("LDG.128", "STG.128")),
 )
 # Worth a column of the table where present.
@@ -125,6 +139,12 @@ def judge(
             for kernel in matching
             for instruction in rule.instructions
             if not kernel.count(instruction)
+        ]
+        problems += [
+            f"{kernel.name} (sm_{kernel.arch}) uses {kernel.registers} registers, "
+            f"its budget is {rule.max_registers}"
+            for kernel in matching
+            if kernel.registers > rule.max_registers
         ]
     return problems
 

@@ -1,7 +1,10 @@
 """The operators of redknot: typed wrappers around ``torch.ops.redknot``.
 
 Everything here works on CPU tensors in float32, bfloat16 and float16, under ``torch.compile`` and
-with fake tensors. Wrong arguments raise ``RuntimeError`` with a message that names the operator,
+with fake tensors. With CUDA in the build, `seg_paged_attention` (bfloat16 and float16; head_dim 32,
+64, 128 or 256; pages of a multiple of 16 up to 256), `seg_paged_plan`, `write_pages`, `copy_pages`
+and `rope_realign` take CUDA tensors too; they never wait for the device, so the *values* of index
+tensors are trusted there. Wrong arguments raise ``RuntimeError`` with a message that names the operator,
 the argument, the rule and what arrived. Index tensors are int32 unless said. A *row* is one KV head
 of one sequence: ``row = seq * num_kv_heads + kv_head``.
 """
@@ -146,19 +149,24 @@ def seg_paged_plan(
     `page_size`: while decoding, until some row gets or loses a page. Positions, windows and sinks
     only steer the balance.
 
+    On CUDA it is made on the device without waiting for it. Its length follows from the shapes of
+    the arguments alone, so a captured graph that makes and uses it stays right when lengths change.
+
     Parameters
     ----------
     row_indptr, cu_seqlens_q, q_positions, row_window, row_sink : Tensor
-        As for `seg_paged_attention`.
+        As for `seg_paged_attention`. On CUDA `row_indptr`, `row_window` and `row_sink` may have a
+        leading dimension num_layers: the plans of all layers come from one launch.
     num_q_heads, page_size : int
         Of the call that the plan is for.
     num_workers : int, optional
-        Threads to balance over, ``torch.get_num_threads()`` by default. It never changes a result.
+        Threads to balance over, ``torch.get_num_threads()`` by default; on CUDA the grid adapts
+        itself. It never changes a result.
 
     Returns
     -------
-    Tensor [plan_length], int32
-        Opaque.
+    Tensor [plan_length] or [num_layers, plan_length], int32
+        Opaque; each layer's line is the plan of its call.
     """
     return _ops.seg_paged_plan(
         row_indptr, cu_seqlens_q, q_positions, row_window, row_sink, num_q_heads, page_size,
@@ -373,7 +381,7 @@ def _fake_attention(
 
 def _fake_plan(row_indptr: Tensor, *args: object, **kwargs: object) -> Tensor:
     length = torch.library.get_ctx().new_dynamic_size()
-    return row_indptr.new_empty(length)
+    return row_indptr.new_empty(*row_indptr.shape[:-1], length)
 
 
 def _fake_rope_realign(k: Tensor, *args: object, **kwargs: object) -> Tensor:

@@ -24,6 +24,10 @@ struct Attend {
   using Matrix = SharedMatrix<T, kHeadDim>;
   using State = SoftmaxState<T, kHeadDim, kIsPrefill>;
 
+  // An A100 gives a block 163 KiB; two blocks of decode share the 227 of an H100.
+  static_assert(sizeof(Shared) <= 163 * 1024);
+  static_assert(kIsPrefill || 2 * (sizeof(Shared) + 1024) <= 227 * 1024);
+
   const SegPagedAttentionParams& params;
   const int32_t group_size;
   Shared& shared;
