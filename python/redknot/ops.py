@@ -4,9 +4,9 @@ Everything here works on CPU tensors in float32, bfloat16 and float16, under ``t
 with fake tensors. With CUDA in the build, `seg_paged_attention` (bfloat16 and float16; head_dim 32,
 64, 128 or 256; pages of a multiple of 16 up to 256), `seg_paged_plan`, `write_pages`, `copy_pages`
 and `rope_realign` take CUDA tensors too; they never wait for the device, so the *values* of index
-tensors are trusted there. Wrong arguments raise ``RuntimeError`` with a message that names the operator,
-the argument, the rule and what arrived. Index tensors are int32 unless said. A *row* is one KV head
-of one sequence: ``row = seq * num_kv_heads + kv_head``.
+tensors are trusted there. Wrong arguments raise ``RuntimeError`` with a message that names the
+operator, the argument, the rule and what arrived. Index tensors are int32 unless said. A *row* is
+one KV head of one sequence: ``row = seq * num_kv_heads + kv_head``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ namespace redknot::gpu::ptx {
 // row lane / 4, columns 2 (lane % 4) and the next.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&registers)[4],
                                                const void* base,
-                                               int bytes RK_WHERE) {
+                                               int bytes = 0 RK_WHERE) {
 #ifdef RK_SIMT
   ::simt::load_matrix_x4(registers, static_cast<const char*>(base) + bytes, false, where);
 #else
@@ -35,7 +35,7 @@ __device__ __forceinline__ void load_matrix_x4(uint32_t (&registers)[4],
 // The same, each matrix transposed: register i is column lane / 4, rows 2 (lane % 4) and the next.
 __device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&registers)[4],
                                                           const void* base,
-                                                          int bytes RK_WHERE) {
+                                                          int bytes = 0 RK_WHERE) {
 #ifdef RK_SIMT
   ::simt::load_matrix_x4(registers, static_cast<const char*>(base) + bytes, true, where);
 #else
