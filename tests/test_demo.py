@@ -8,7 +8,8 @@ import pytest
 
 from redknot import Dense, HeadMap, Naive, RedKnot
 from redknot.cli.main import main
-from redknot.eval.demo import DEMO_MODEL, demo_engine, other_heads, run_demo
+from redknot.eval.candidates import other_heads
+from redknot.eval.demo import DEMO_MODEL, demo_engine, run_demo
 from redknot.eval.statistics import median_and_spread, wilson_interval
 
 pytestmark = pytest.mark.transformers

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from redknot import Dense, HeadMap, Naive, RedKnot
-from redknot.eval.demo import demo_engine, other_heads, run_demo
+from redknot.eval.candidates import other_heads
+from redknot.eval.demo import demo_engine, run_demo
 
 
 def report(model: Path, num_questions: int) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from redknot.engine import Engine, Generation
 from redknot.eval.arrivals import Prompt, Question, make_prompt
 from redknot.eval.peers import hugging_face_dense
@@ -24,7 +22,6 @@ __all__ = [
     "PolicyScore",
     "demo_engine",
     "held_out_prompts",
-    "other_heads",
     "run_demo",
 ]
 
@@ -60,17 +57,6 @@ def demo_engine(
         page_size=_PAGE_SIZE,
         **options,
     )
-
-
-def other_heads(heads: HeadMap) -> HeadMap:
-    """As many global heads in each layer, none of which `heads` has: a control that must fail."""
-    classes = np.array(heads.classes)
-    for layer, row in enumerate(heads.is_global):
-        classes[layer] = "local"
-        classes[layer, np.flatnonzero(~row)[: row.sum()]] = "global"
-    local = ~heads.is_global
-    window, sink = int(heads.windows[local].max()), int(heads.sinks[local].max())
-    return HeadMap(classes.tolist(), window=window, sink=sink)
 
 
 def held_out_prompts(

@@ -24,10 +24,12 @@ import numpy as np
 
 from redknot.eval import arrivals
 
-__all__ = ["TASKS", "EvalPrompt", "EvalQuestion", "make_task_prompt"]
+__all__ = ["TASKS", "TAUGHT_TASKS", "EvalPrompt", "EvalQuestion", "make_task_prompt"]
 
 # Task: most questions of it in one prompt.
 TASKS = {"direct": 14, "relative": 14, "distant": 14, "chain": 4, "conflict": 4, "count": 4}
+
+TAUGHT_TASKS = ("direct", "relative", "distant")
 
 _MIN_DOCUMENT_TOKENS = 16
 _STREAM = 11  # keeps these prompts apart from every other stream of the same seeds
