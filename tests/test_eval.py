@@ -12,7 +12,7 @@ import pytest
 from redknot.cli.main import main
 from redknot.eval import arrivals, scoring
 from redknot.eval.statistics import cluster_bootstrap, paired_interval, paired_wald_interval
-from redknot.eval.tasks import TASKS, make_task_prompt
+from redknot.eval.tasks import TASKS, make_task_batch, make_task_prompt
 from redknot.eval.text_tasks import read_text_task, split_documents
 
 pytestmark = pytest.mark.transformers
@@ -75,6 +75,21 @@ def test_every_task_occurs_and_equal_seeds_give_equal_prompts():
     assert make_task_prompt(3, 1000).documents != arrivals.make_prompt(3, 1000, 1).documents
     for prompt in prompts:  # so that one prefill serves them all
         assert len({question.text.split()[0] for question in prompt.questions}) == 1
+
+
+def test_a_training_batch_holds_answered_questions_of_every_task():
+    batch = make_task_batch(np.random.default_rng((7, 1)), 4, 600, 30)
+    words = np.array(arrivals.VOCABULARY)[batch.token_ids]
+    for row, roles, known in zip(words, batch.roles, batch.known_hours, strict=True):
+        lines = " ".join(row).replace(" . ", " .\n").replace(" : ", " :\n").splitlines()
+        hours, _, hops, _ = read(["\n".join(lines).removeprefix("[BOS] ")])
+        answers = np.isin(roles, (arrivals.ROLE_DIRECT, arrivals.ROLE_RELATIVE)).nonzero()[0]
+        people = [i for i in answers if row[i - 3] in hours]
+        assert len(answers) > 10 and len(people) > 5
+        assert all(row[i] == f"{hours[row[i - 3]]:02d}:00" for i in people)
+        pointing = (known >= 0).nonzero()[0]
+        assert {hops[row[i - 3]] for i in pointing} <= {1, 2}
+        assert all(arrivals.VOCABULARY[known[i]] == f"{hours[row[i - 3]]:02d}:00" for i in pointing)
 
 
 # --- text files -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Train the demo model from scratch on one CPU thread.
+"""Train the demo model from scratch on one CPU thread, or a larger one on a GPU.
 
     python examples/demo_model/train.py --seed 1 --out DIR
+    python examples/demo_model/train.py --size large --device cuda --seed 1 --out DIR
 
 A stock ``LlamaForCausalLM`` learns the *arrivals* task (``redknot.eval.arrivals``). See README.md
 for the recipe and for what each part of the loss is there for.
@@ -25,8 +26,8 @@ from torch import Tensor
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from redknot.eval import arrivals
+from redknot.eval.tasks import make_task_batch
 
-NUM_LAYERS, NUM_HEADS, HEAD_DIM, HIDDEN_DIM, FFN_DIM = 6, 8, 32, 128, 256
 ATTENTION = "sdpa_with_far_mass"
 
 
@@ -39,7 +40,27 @@ class Stage:
     num_questions: int
 
 
-STAGES = (
+@dataclass(frozen=True)
+class Size:
+    """Shape of a model, and the stages it is taken through.
+
+    `teaches_all`: from 256 tokens on the prompts are those of `redknot.eval.tasks`, with chains
+    over three documents, contradictions and counting, which the small model is never taught.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    hidden_dim: int
+    ffn_dim: int
+    initializer_range: float
+    steps: int
+    num_matching: int
+    stages: tuple[Stage, ...]
+    teaches_all: bool = False
+
+
+SMALL_STAGES = (
     Stage(64, 32, 5),
     Stage(128, 20, 9),
     Stage(256, 9, 18),
@@ -47,6 +68,31 @@ STAGES = (
     Stage(1024, 2, 60),
     Stage(2048, 1, 100),
 )
+SIZES = {
+    "small": Size(6, 8, 32, 128, 256, 0.08, 1300, 4, SMALL_STAGES),
+    # 160 KV heads, 19 MB in fp16. The same size of residual and scores as the small one's: weights
+    # shrink with the root of the width. Batches are for a GPU; --batch-scale 0.25 is for a CPU.
+    "large": Size(
+        num_layers=10,
+        num_heads=16,
+        head_dim=32,
+        hidden_dim=256,
+        ffn_dim=576,
+        initializer_range=0.08 * (128 / 256) ** 0.5,
+        steps=4000,
+        num_matching=6,
+        stages=(
+            Stage(64, 128, 5),
+            Stage(128, 80, 9),
+            Stage(256, 36, 18),
+            Stage(512, 16, 36),
+            Stage(1024, 8, 50),
+            Stage(2048, 4, 54),
+            Stage(4096, 2, 54),
+        ),
+        teaches_all=True,
+    ),
+}
 GATE = 0.85  # moving accuracy of the worse kind of question
 MIN_STEPS_PER_STAGE = 50
 
@@ -59,16 +105,18 @@ class FarMass:
     sink_size: int
     num_rows: int
     generator: torch.Generator
+    device: torch.device
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     masses: list[Tensor] = field(default_factory=list)
 
     def start(self, length: int) -> None:
-        self.rows = torch.randperm(length, generator=self.generator)[: self.num_rows]
+        rows = torch.randperm(length, generator=self.generator)[: self.num_rows]
+        self.rows = rows.to(self.device)
         self.masses = []
 
     def observe(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Add one layer; query and key are [batch, heads, length, head_dim], rotated."""
-        keys = torch.arange(key.shape[2])
+        keys = torch.arange(key.shape[2], device=key.device)
         distance = self.rows[:, None] - keys
         scores = query[:, :, self.rows] @ key.transpose(2, 3) * scaling
         weights = scores.masked_fill(distance < 0, float("-inf")).softmax(-1)
@@ -80,20 +128,20 @@ class FarMass:
         return torch.stack(self.masses)
 
 
-def build_model(seed: int, num_matching: int) -> LlamaForCausalLM:
+def build_model(size: Size, seed: int, num_matching: int) -> LlamaForCausalLM:
     ids = arrivals.TOKEN_IDS
     config = LlamaConfig(
         vocab_size=len(arrivals.VOCABULARY),
-        hidden_size=HIDDEN_DIM,
-        intermediate_size=FFN_DIM,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_HEADS,
-        head_dim=HEAD_DIM,
+        hidden_size=size.hidden_dim,
+        intermediate_size=size.ffn_dim,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_heads,
+        head_dim=size.head_dim,
         max_position_embeddings=8192,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         tie_word_embeddings=True,
-        initializer_range=0.08,
+        initializer_range=size.initializer_range,
         bos_token_id=ids[arrivals.BOS],
         eos_token_id=ids[arrivals.EOS],
         pad_token_id=ids[arrivals.PAD],
@@ -138,9 +186,9 @@ def compute_losses(
     probe: FarMass,
     args: argparse.Namespace,
 ) -> Losses:
-    tokens = torch.from_numpy(batch.token_ids)
-    roles = torch.from_numpy(batch.roles)[:, 1:]
-    known = torch.from_numpy(batch.known_hours)
+    tokens = torch.from_numpy(batch.token_ids).to(probe.device)
+    roles = torch.from_numpy(batch.roles)[:, 1:].to(probe.device)
+    known = torch.from_numpy(batch.known_hours).to(probe.device)
     probe.start(tokens.shape[1] - 1)
     hidden = model.model(
         input_ids=tokens[:, :-1], use_cache=False, output_hidden_states=True
@@ -155,13 +203,15 @@ def compute_losses(
     logits = model.lm_head(hidden[-1][asked])
     answer = F.cross_entropy(logits, targets[asked])
     # Ordinary text on a quarter of the context, and how an answer ends.
-    sampled = (roles == arrivals.ROLE_CONTEXT) & (torch.rand(roles.shape) < 0.25)
+    sampled = (roles == arrivals.ROLE_CONTEXT) & (
+        torch.rand(roles.shape, device=probe.device) < 0.25
+    )
     text = cross_entropy(sampled) + cross_entropy(roles == arrivals.ROLE_END)
     # The hour a relative fact amounts to, readable half way up at its offset token.
     first_hour = arrivals.TOKEN_IDS[arrivals.HOURS[0]]
     hours = slice(first_hour, first_hour + len(arrivals.HOURS))
     at_offset = known[:, :-1] >= 0
-    middle = model.model.norm(hidden[NUM_LAYERS // 2][at_offset])
+    middle = model.model.norm(hidden[model.config.num_hidden_layers // 2][at_offset])
     stored_logits = F.linear(middle, model.lm_head.weight[hours])
     stored_hours = known[:, :-1][at_offset] - first_hour
     stored = F.cross_entropy(stored_logits, stored_hours)
@@ -200,7 +250,7 @@ def measure(model: LlamaForCausalLM, length: int, first_seed: int, count: int) -
         for document in prompt.documents:
             context += arrivals.encode(document)
         for question in prompt.questions:
-            ids = torch.tensor([context + arrivals.encode(question.text)])
+            ids = torch.tensor([context + arrivals.encode(question.text)], device=model.device)
             predicted = model(input_ids=ids, logits_to_keep=1).logits[0, -1].argmax().item()
             hits[question.kind].append(predicted == arrivals.TOKEN_IDS[question.answer])
     every = hits["direct"] + hits["relative"]
@@ -223,7 +273,9 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 def train(model: LlamaForCausalLM, args: argparse.Namespace) -> dict[str, float]:
-    probe = FarMass(args.far_window, 4, 64, torch.Generator().manual_seed(args.seed))
+    size = SIZES[args.size]
+    generator = torch.Generator().manual_seed(args.seed)
+    probe = FarMass(args.far_window, 4, 64, generator, model.device)
     observe_attention(model, probe)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
@@ -240,8 +292,12 @@ def train(model: LlamaForCausalLM, args: argparse.Namespace) -> dict[str, float]
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args)
-        now = STAGES[stage]
-        batch = arrivals.make_batch(rng, now.batch_size, now.context_tokens, now.num_questions)
+        now = size.stages[stage]
+        draw = arrivals.make_batch
+        if size.teaches_all and now.context_tokens >= 256:
+            draw = make_task_batch
+        batch_size = max(1, round(now.batch_size * args.batch_scale))
+        batch = draw(rng, batch_size, now.context_tokens, now.num_questions)
         losses = compute_losses(model, batch, probe, args)
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
@@ -261,17 +317,17 @@ def train(model: LlamaForCausalLM, args: argparse.Namespace) -> dict[str, float]
             line = " ".join(f"{name} {value:.3f}" for name, value in shown.items())
             print(f"step {step + 1} {minutes:.1f} min ctx {now.context_tokens} {line}", flush=True)
             history = []
-        last = stage == len(STAGES) - 1
+        last = stage == len(size.stages) - 1
         if moving > GATE and steps_in_stage >= MIN_STEPS_PER_STAGE and not last:
             stage, moving, steps_in_stage = stage + 1, 0.0, 0
-            print(f"stage {STAGES[stage]} from step {step + 1}, {minutes:.1f} min", flush=True)
+            print(f"stage {size.stages[stage]} from step {step + 1}, {minutes:.1f} min", flush=True)
             model.save_pretrained(args.out)
     return {
         "steps": args.steps,
         "tokens": num_tokens,
         "minutes": round((time.time() - started) / 60, 1),
         "cpu_minutes": round((time.process_time() - started_cpu) / 60, 1),
-        "last_stage_context_tokens": STAGES[stage].context_tokens,
+        "last_stage_context_tokens": size.stages[stage].context_tokens,
     }
 
 
@@ -279,20 +335,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cpu", help="such as cuda (default cpu)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-scale", type=float, default=1.0, help="times the recipe's batches")
+    parser.add_argument("--steps", type=int, help="default: the size's")
     parser.add_argument("--settle", type=float, default=0.5, help="last part: lr falls")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--num-matching", type=int, default=4, help="matching heads per layer")
+    parser.add_argument("--num-matching", type=int, help="matching heads per layer")
     parser.add_argument("--text-weight", type=float, default=0.1)
     parser.add_argument("--stored-weight", type=float, default=0.5)
     parser.add_argument("--far-weight", type=float, default=0.02)
     parser.add_argument("--far-window", type=int, default=32)
     parser.add_argument("--eval-questions", type=int, default=200)
     args = parser.parse_args()
+    size = SIZES[args.size]
+    args.steps = args.steps or size.steps
+    args.num_matching = args.num_matching or size.num_matching
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
-    model = build_model(args.seed, args.num_matching)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    model = build_model(size, args.seed, args.num_matching).to(args.device)
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     result: dict[str, object] = {"seed": args.seed, **train(model, args)}
 
@@ -300,17 +364,18 @@ def main() -> None:
     model.set_attn_implementation("sdpa")
     result["dense"] = {
         str(length): measure(model, length, 150_000, args.eval_questions)
-        for length in (256, 512, 1024, 2048)
+        for length in [stage.context_tokens for stage in size.stages if stage.context_tokens >= 256]
     }
     for length, numbers in result["dense"].items():  # type: ignore[attr-defined]
         print(length, numbers, flush=True)
-    model.half().save_pretrained(args.out)
+    model.cpu().half().save_pretrained(args.out)
     arrivals.build_tokenizer().save_pretrained(args.out)
-    given = vars(args).items()
+    usual = {**vars(parser.parse_args(["--out", "DIR"])), "steps": size.steps}
+    usual |= {"num_matching": size.num_matching, "out": args.out}
     options = [
         f"--{name.replace('_', '-')} {value}"
-        for name, value in given
-        if name == "seed" or (name != "out" and value != parser.get_default(name))
+        for name, value in vars(args).items()
+        if name == "seed" or value != usual[name]
     ]
     result |= {
         "command": " ".join(["python examples/demo_model/train.py", *options, "--out DIR"]),

@@ -17,8 +17,9 @@ word level: ``build_tokenizer()(text, add_special_tokens=False)`` gives the ids 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +83,10 @@ FILLER_TOKENS = 8
 _OBEDIENCE = 0.9
 HEADER_TOKENS = 4
 _MIN_DOCUMENT_TOKENS = 12
+
+
+# Token ids, roles, and by position the token ids of known hours.
+TrainingRow: TypeAlias = "tuple[list[int], list[int], dict[int, int]]"
 
 
 @dataclass(frozen=True)
@@ -219,39 +224,53 @@ def make_batch(
 
     One sequence in ten lacks ``[BOS]``, so that a document alone is nothing unusual to the model.
     """
-    rows: list[tuple[list[int], list[int], dict[int, int]]] = []
+    rows = []
     for _ in range(batch_size):
         share = 0.6 if context_tokens <= 64 else 0.45
         documents, facts = _draw_documents(rng, context_tokens, share)
         tokens = [] if rng.random() < 0.1 else [TOKEN_IDS[BOS]]
         for document in documents:
             tokens += encode(document)
-        known = _known_hours(tokens, facts)
-        roles = [ROLE_CONTEXT] * len(tokens)
-        roles[0] = ROLE_NONE
-        for question in _draw_questions(rng, facts, num_questions):
-            asked = encode(question.text)
-            tokens += [*asked, TOKEN_IDS[question.answer], TOKEN_IDS["."], TOKEN_IDS[EOS]]
-            answer = ROLE_DIRECT if question.kind == "direct" else ROLE_RELATIVE
-            roles += [ROLE_NONE] * len(asked) + [answer, ROLE_END, ROLE_END]
-        rows.append((tokens, roles, known))
+        hours = {TOKEN_IDS[fact.name]: TOKEN_IDS[HOURS[fact.hour]] for fact in facts}
+        questions = _draw_questions(rng, facts, num_questions)
+        rows.append(sequence(tokens, [(q.text, q.answer, q.kind) for q in questions], hours))
+    return padded(rows)
+
+
+def sequence(
+    context: list[int], questions: Sequence[tuple[str, str, str]], hours: Mapping[int, int]
+) -> TrainingRow:
+    """Put answered questions behind a context: token ids, their roles, known hours by position.
+
+    `questions` are (text, answer, kind); `hours` maps the token ids of persons to those of the
+    hours that the relative facts about them amount to.
+    """
+    tokens = list(context)
+    offsets = {TOKEN_IDS[offset] for offset in OFFSETS}
+    # "Yngve follows Ulla +3h": the subject stands three tokens before the offset.
+    known = {i: hours[tokens[i - 3]] for i, token in enumerate(tokens) if token in offsets}
+    roles = [ROLE_CONTEXT] * len(tokens)
+    roles[0] = ROLE_NONE
+    for text, answer, kind in questions:
+        asked = encode(text)
+        tokens += [*asked, TOKEN_IDS[answer], TOKEN_IDS["."], TOKEN_IDS[EOS]]
+        role = ROLE_DIRECT if kind == "direct" else ROLE_RELATIVE
+        roles += [ROLE_NONE] * len(asked) + [role, ROLE_END, ROLE_END]
+    return tokens, roles, known
+
+
+def padded(rows: Sequence[TrainingRow]) -> Batch:
+    """Make a batch of sequences, padded on the right."""
     length = max(len(tokens) for tokens, _, _ in rows)
-    token_ids = np.full((batch_size, length), TOKEN_IDS[PAD], dtype=np.int64)
-    role_ids = np.full((batch_size, length), ROLE_NONE, dtype=np.int8)
-    known_hours = np.full((batch_size, length), -1, dtype=np.int64)
+    shape = (len(rows), length)
+    token_ids = np.full(shape, TOKEN_IDS[PAD], dtype=np.int64)
+    role_ids = np.full(shape, ROLE_NONE, dtype=np.int8)
+    known_hours = np.full(shape, -1, dtype=np.int64)
     for row, (tokens, roles, known) in enumerate(rows):
         token_ids[row, : len(tokens)] = tokens
         role_ids[row, : len(roles)] = roles
         known_hours[row, list(known)] = list(known.values())
     return Batch(token_ids, role_ids, known_hours)
-
-
-def _known_hours(tokens: list[int], facts: list[_Fact]) -> dict[int, int]:
-    """Map the position of every offset token to the token id of the hour its fact amounts to."""
-    hour_of = {TOKEN_IDS[fact.name]: TOKEN_IDS[HOURS[fact.hour]] for fact in facts}
-    offsets = {TOKEN_IDS[offset] for offset in OFFSETS}
-    # "Yngve follows Ulla +3h": the subject stands three tokens before the offset.
-    return {i: hour_of[tokens[i - 3]] for i, token in enumerate(tokens) if token in offsets}
 
 
 def _layout(context_tokens: int) -> tuple[int, int, int]:

@@ -37,7 +37,7 @@ def plot_pareto(rows: Sequence[dict[str, Any]], path: str | Path, title: str) ->
     measured = [row for row in rows if row["num_measured"]]
     if not measured:
         raise InputError("nothing was measured: there is nothing to plot")
-    colours = matplotlib.colormaps["tab20"].colors
+    colours = [matplotlib.colormaps["tab20"](i) for i in range(20)]
     policies = list(dict.fromkeys(row["policy"] for row in measured))
     groups = {length: [r for r in measured if r["length"] == length]
               for length in sorted({row["length"] for row in measured})}  # fmt: skip

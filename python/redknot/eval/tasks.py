@@ -18,13 +18,21 @@ calibration uses, with lengths and numbers of documents that training does not h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from redknot.eval import arrivals
 
-__all__ = ["TASKS", "TAUGHT_TASKS", "EvalPrompt", "EvalQuestion", "make_task_prompt"]
+__all__ = [
+    "TASKS",
+    "TAUGHT_TASKS",
+    "EvalPrompt",
+    "EvalQuestion",
+    "make_task_batch",
+    "make_task_prompt",
+]
 
 # Task: most questions of it in one prompt.
 TASKS = {"direct": 14, "relative": 14, "distant": 14, "chain": 4, "conflict": 4, "count": 4}
@@ -88,14 +96,33 @@ def make_task_prompt(seed: int, context_tokens: int) -> EvalPrompt:
     context_tokens : int
         At least 128: upper bound on BOS and the documents together, missed by fewer than 20.
     """
-    rng = np.random.default_rng((_STREAM, seed, context_tokens))
-    shortest, longest = (40, 72) if context_tokens <= 4096 else (96, 160)
-    writer = _Writer(rng, context_tokens)
-    documents: list[str] = []
-    while (room := context_tokens - writer.num_tokens) >= _MIN_DOCUMENT_TOKENS:
-        length = min(int(rng.integers(shortest, longest)), room)
-        documents.append(writer.document(length))
-    return EvalPrompt(tuple(documents), writer.questions(_FORMS[seed % 2]))
+    writer = _Writer(np.random.default_rng((_STREAM, seed, context_tokens)), context_tokens)
+    documents = writer.documents()
+    return EvalPrompt(documents, writer.questions(_FORMS[seed % 2], TASKS))
+
+
+def make_task_batch(
+    rng: np.random.Generator, batch_size: int, context_tokens: int, num_questions: int
+) -> arrivals.Batch:
+    """Draw training sequences of every task, as `arrivals.make_batch` does of its two kinds.
+
+    Questions with evidence in one document count as direct, all others as relative.
+    """
+    rows = []
+    for _ in range(batch_size):
+        writer = _Writer(rng, context_tokens)
+        tokens = [] if rng.random() < 0.1 else [arrivals.TOKEN_IDS[arrivals.BOS]]
+        for document in writer.documents():
+            tokens += arrivals.encode(document)
+        hours = writer.hours_of_pointing_facts()
+        asked = writer.questions(_FORMS[int(rng.integers(len(_FORMS)))], TASKS)
+        questions = [
+            (q.text, q.answers[0], "direct" if q.task in ("direct", "count") else "relative")
+            for q in asked
+        ]
+        order = rng.permutation(len(questions))[:num_questions]
+        rows.append(arrivals.sequence(tokens, [questions[i] for i in order], hours))
+    return arrivals.padded(rows)
 
 
 class _Writer:
@@ -105,6 +132,7 @@ class _Writer:
         self.num_tokens = 1  # BOS
         self._rng = rng
         self._begins: list[int] = []  # of the documents so far
+        self._context_tokens = context_tokens
         self._half = context_tokens // 2
         self._tokens_per_fact = max(14, context_tokens // _MAX_FACTS)
         self._names = [arrivals.NAMES[i] for i in rng.permutation(len(arrivals.NAMES))]
@@ -112,7 +140,16 @@ class _Writer:
         self._disputed: dict[str, _Fact] = {}  # stated once so far, and to be contradicted
         self._places: list[str] = []
 
-    def document(self, length: int) -> str:
+    def documents(self) -> tuple[str, ...]:
+        """Write documents until the context is full."""
+        shortest, longest = (40, 72) if self._context_tokens <= 4096 else (96, 160)
+        written = []
+        while (room := self._context_tokens - self.num_tokens) >= _MIN_DOCUMENT_TOKENS:
+            length = min(int(self._rng.integers(shortest, longest)), room)
+            written.append(self._document(length))
+        return tuple(written)
+
+    def _document(self, length: int) -> str:
         """Write the next document: at most `length` tokens, fewer by less than a sentence."""
         rng, index = self._rng, len(self._begins)
         self._begins.append(self.num_tokens)
@@ -172,10 +209,20 @@ class _Writer:
         fact = self._stating(index, first.name, "conflict", not_at=first.hour)
         return replace(fact, documents=(*first.documents, index))
 
-    def questions(self, forms: tuple[str, ...]) -> tuple[EvalQuestion, ...]:
-        """Questions of every task, at most as many of each as `TASKS` says."""
+    def hours_of_pointing_facts(self) -> dict[int, int]:
+        """Map the token id of each person who follows another to that of the hour it amounts to."""
+        return {
+            arrivals.TOKEN_IDS[fact.name]: arrivals.TOKEN_IDS[arrivals.HOURS[fact.hour]]
+            for fact in self._facts
+            if fact.kind in ("relative", "distant", "chain")
+        }
+
+    def questions(
+        self, forms: tuple[str, ...], most_of_task: Mapping[str, int]
+    ) -> tuple[EvalQuestion, ...]:
+        """Questions of every task, at most as many of each as `most_of_task` says."""
         asked: list[EvalQuestion] = []
-        for task, most in TASKS.items():
+        for task, most in most_of_task.items():
             facts = [fact for fact in self._facts if fact.kind == task]
             for i in self._rng.permutation(len(facts))[:most]:
                 text = arrivals.pick(self._rng, forms).format(facts[i].name)
@@ -183,7 +230,7 @@ class _Writer:
                 asked.append(EvalQuestion(task, text, (hour,), facts[i].documents))
         if _COUNT_FORM.split()[0] == forms[0].split()[0]:
             places = sorted(set(self._places))
-            for i in self._rng.permutation(len(places))[: TASKS["count"]]:
+            for i in self._rng.permutation(len(places))[: most_of_task["count"]]:
                 where = tuple(j for j, place in enumerate(self._places) if place == places[i])
                 answer = arrivals.HOURS[len(where) % 24]
                 asked.append(EvalQuestion("count", _COUNT_FORM.format(places[i]), (answer,), where))
