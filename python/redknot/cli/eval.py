@@ -52,6 +52,7 @@ def add_parser(subparsers: Any) -> None:
     engine.add_argument("--page-size", type=int, default=16, help="tokens per page (default 16)")
     engine.add_argument("--kv-budget", default="1GiB", help="of each page pool (default 1GiB)")
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    engine.add_argument("--device", default="cpu")
     engine.add_argument("--threads", type=int, help="default 1 for the embedded model, else all")
     engine.add_argument("--alone", action="store_true", help="cache documents without the prefix")
     text = parser.add_argument_group("JSONL files")
@@ -168,7 +169,7 @@ class _Setting:
             self._check_language(config.max_position_embeddings)
         self.gate_n = 1000 if self.demo_tasks else 200
         dtype = args.dtype or ("auto" if args.model else "float32")
-        self.model = load_model(self.path, dtype=dtype)
+        self.model = load_model(self.path, dtype=dtype, device=args.device)
 
     def _read(self, name: str) -> Any:
         from redknot.eval.text_tasks import read_text_task
@@ -271,6 +272,7 @@ class _Setting:
             "seed": args.seed,
             "page_size": args.page_size,
             "dtype": str(self.model.dtype),
+            "device": args.device,
             "documents_behind_prefix": not args.alone,
             "max_new_tokens": args.max_new_tokens if self.files else None,
             "question_template": args.question_template if self.files else None,

@@ -31,7 +31,7 @@ DEFAULT_POLICIES = (
     "epic",
     "cacheblend",
     "cacheblend:pick_layer=after_first_global",
-    "duo_attention",
+    "duoattention",
     "redknot",
     "live_span",
 )
