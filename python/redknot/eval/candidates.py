@@ -14,6 +14,7 @@ from redknot.engine import Engine
 from redknot.errors import InputError
 from redknot.heads import HeadMap
 from redknot.recovery import POLICIES, Dense, LiveSpan, Policy, RandomRows, RedKnot
+from redknot.recovery.plan import SIGNALS
 
 __all__ = [
     "DEFAULT_POLICIES",
@@ -118,14 +119,14 @@ def ffn_signal_policies(num_tokens: int) -> list[tuple[str, Policy]]:
     choose, for the published signal. No row is kept for being recent: the signal alone decides.
     """
     found: list[tuple[str, Policy]] = []
-    for signal in ("attention_norm", "foreign", "random"):
+    for signal in SIGNALS:
         for share in (0.05, 0.1, 0.2, 0.4):
             policy = RedKnot(
                 dense_until=1,
                 ffn_mass=1e-6,
                 min_keep=max(1, round(share * num_tokens)),
                 recent_n=0,
-                signal=signal,  # type: ignore[arg-type]
+                signal=signal,
             )
             found.append((f"ffn {signal} {share:.0%} of rows", policy))
     for mass in (0.2, 0.5, 0.8):
