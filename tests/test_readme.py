@@ -33,10 +33,12 @@ def test_commands(monkeypatch, capsys):
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
     ours = [c[1:] for c in commands if c[:1] == ["redknot"]]
-    assert {c[0] for c in ours} == {"demo", "generate", "inspect", "profile"}
+    assert {c[0] for c in ours} == {"demo", "eval", "generate", "inspect", "profile"}
     for command in ours:
         if command[0] == "demo":
             command = [*command, "--questions", "2", "--context", "200"]
+        if command[0] == "eval":
+            command = [*command, "-n", "2", "--lengths", "200"]
         assert main(command) == 0, command
         assert capsys.readouterr().out
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
