@@ -41,6 +41,8 @@ struct Kernels {
   void (*gather_norm)(const GatherNormParams& params, int64_t begin, int64_t end);
   void (*gated_silu)(const GatedSiluParams& params, int64_t begin, int64_t end);
   void (*scatter_add)(const ScatterAddParams& params, int64_t begin, int64_t end);
+  bool (*takes_few_rows)(const FewRowLinearParams& params);
+  void (*few_row_linear)(const FewRowLinearParams& params, int64_t begin, int64_t end);
   int64_t (*dot_roof)(int64_t num_rounds, DType dtype);
   float (*read_roof)(const void* data, int64_t num_bytes);
 };

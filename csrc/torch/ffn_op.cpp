@@ -36,7 +36,22 @@ Tensor rows_like(const Tensor& like, int64_t rows, int64_t columns) {
 }
 
 // x [rows, k] times w [n, k] transposed, as torch.nn.Linear does.
-Tensor linear(const Tensor& x, const Tensor& w) {
+Tensor linear(const FfnShape& shape, const Tensor& x, const Tensor& w) {
+  const Tensor out = rows_like(x, x.size(0), w.size(0));
+  const bool done = cpu::few_row_linear(
+      {
+          .x = x.data_ptr(),
+          .w = w.data_ptr(),
+          .out = out.data_ptr(),
+          .num_rows = x.size(0),
+          .in_dim = x.size(1),
+          .out_dim = w.size(0),
+          .w_stride = w.stride(0),
+          .out_stride = out.stride(0),
+          .dtype = shape.dtype,
+      },
+      torch_executor());
+  if (done) return out;
   return torch::stable::matmul(x, torch::stable::transpose(w, 0, 1));
 }
 
@@ -64,8 +79,8 @@ void ffn_chunk(const FfnShape& shape,
           .dtype = shape.dtype,
       },
       executor);
-  const Tensor gate = linear(normed, w_gate);  // with up behind it in each row when packed
-  const Tensor up = w_up.has_value() ? linear(normed, *w_up) : gate;
+  const Tensor gate = linear(shape, normed, w_gate);  // with up behind it in each row when packed
+  const Tensor up = w_up.has_value() ? linear(shape, normed, *w_up) : gate;
   const int64_t up_offset = w_up.has_value() ? 0 : shape.ffn_dim * size_of(shape.dtype);
   const Tensor activated = rows_like(residual, rows, shape.ffn_dim);
   cpu::gated_silu(
@@ -79,7 +94,7 @@ void ffn_chunk(const FfnShape& shape,
           .dtype = shape.dtype,
       },
       executor);
-  const Tensor z = linear(activated, w_down);
+  const Tensor z = linear(shape, activated, w_down);
   cpu::scatter_add(
       {
           .z = z.data_ptr(),

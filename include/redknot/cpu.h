@@ -20,6 +20,8 @@ void rope_realign_pages(const RopeRealignPagesParams& params, const Executor& ex
 void token_importance(const TokenImportanceParams& params, const Executor& executor);
 void select_tokens(const SelectTokensParams& params, const Executor& executor);
 void gather_norm(const GatherNormParams& params, const Executor& executor);
+// False where the sizes are not for it; nothing is done then.
+bool few_row_linear(const FewRowLinearParams& params, const Executor& executor);
 void gated_silu(const GatedSiluParams& params, const Executor& executor);
 void scatter_add(const ScatterAddParams& params, const Executor& executor);
 int64_t dot_roof(const DotRoofParams& params, const Executor& executor);

@@ -22,6 +22,19 @@ struct GatherNormParams {
   DType dtype = DType::kFloat32;
 };
 
+// out = x w^T for so few rows that reading the weights once is what it costs.
+struct FewRowLinearParams {
+  const void* x = nullptr;  // [num_rows, in_dim], contiguous
+  const void* w = nullptr;  // [out_dim, in_dim]
+  void* out = nullptr;      // [num_rows, out_dim]
+  int64_t num_rows = 0;
+  int64_t in_dim = 0;
+  int64_t out_dim = 0;
+  int64_t w_stride = 0;
+  int64_t out_stride = 0;
+  DType dtype = DType::kFloat32;
+};
+
 // out = silu(gate) * up.
 struct GatedSiluParams {
   const void* gate = nullptr;  // [num_rows, ffn_dim]

@@ -1,6 +1,7 @@
 #include "../dispatch.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "few_rows.h"
 #include "roofs.h"
 
 namespace redknot::cpu::REDKNOT_ISA {
@@ -14,6 +15,8 @@ const Kernels kKernels = {
     .gather_norm = gather_norm,
     .gated_silu = gated_silu,
     .scatter_add = scatter_add,
+    .takes_few_rows = takes_few_rows,
+    .few_row_linear = few_row_linear,
     .dot_roof = dot_roof,
     .read_roof = read_roof,
 };
