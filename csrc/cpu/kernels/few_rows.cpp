@@ -5,6 +5,9 @@
 
 #include "../scratch.h"
 #include "mac.h"
+#if defined(REDKNOT_ISA_AMX)
+#include "amx.h"
+#endif
 
 namespace redknot::cpu::REDKNOT_ISA {
 namespace {
@@ -107,22 +110,112 @@ const typename Operands<T>::X* operand(const FewRowLinearParams& params) {
   }
 }
 
+#if defined(REDKNOT_ISA_AMX)
+// On tiles the weights are the left factor, since 16 of their rows by 32 columns are a tile as they
+// lie: out^T = w x^T. x^T is packed into tiles once per call and thread: for each 32 columns and 16
+// rows of x, word [i][r] = the pair (x[r][2 i], x[r][2 i + 1]).
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileColumns = 32;
+constexpr int64_t kMinTileRows = 5;  // fewer are as fast on vectors, without the packing
+constexpr int64_t kAheadBytes = 1024;
+
+void pack_inputs(const FewRowLinearParams& params, int64_t row_tiles, char* packed) {
+  const auto* x = static_cast<const BFloat16*>(params.x);
+  const auto lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const auto offset =
+      _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(params.in_dim) * 2));
+  for (int64_t k = 0; k < params.in_dim; k += kTileColumns) {
+    for (int64_t tile = 0; tile < row_tiles; ++tile) {
+      const int64_t left = params.num_rows - tile * kTileRows;
+      const auto rows = static_cast<__mmask16>(left >= kTileRows ? 0xffff : (1 << left) - 1);
+      const BFloat16* from = x + tile * kTileRows * params.in_dim + k;
+      for (int64_t pair = 0; pair < kTileColumns / 2; ++pair, packed += 64) {
+        const __m512i words =
+            _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), rows, offset, from + 2 * pair, 1);
+        _mm512_storeu_si512(packed, words);
+      }
+    }
+  }
+}
+
+// 16 columns of the output for all rows of x; Tiles of 16 rows.
+template <int Tiles>
+void tile_block(const FewRowLinearParams& params, const char* packed, int64_t column) {
+  const auto* w = static_cast<const char*>(params.w) + column * params.w_stride * 2;
+  const int64_t stride = params.w_stride * 2;
+  tile_zero<0>();
+  if constexpr (Tiles > 1) tile_zero<1>();
+  if constexpr (Tiles > 2) tile_zero<2>();
+  if constexpr (Tiles > 3) tile_zero<3>();
+  for (int64_t k = 0; k < params.in_dim; k += kTileColumns, packed += Tiles * kTileBytes) {
+    for (int64_t row = 0; row < kTileRows; ++row) {
+      __builtin_prefetch(w + row * stride + k * 2 + kAheadBytes);
+    }
+    tile_load<4>(w + k * 2, stride);
+    tile_load<5>(packed, 64);
+    tile_mac<0, 4, 5>();
+    if constexpr (Tiles > 1) {
+      tile_load<6>(packed + kTileBytes, 64);
+      tile_mac<1, 4, 6>();
+    }
+    if constexpr (Tiles > 2) {
+      tile_load<7>(packed + 2 * kTileBytes, 64);
+      tile_mac<2, 4, 7>();
+    }
+    if constexpr (Tiles > 3) {
+      tile_load<5>(packed + 3 * kTileBytes, 64);
+      tile_mac<3, 4, 5>();
+    }
+  }
+  alignas(64) float sums[Tiles][kTileRows][kTileRows];  // [tile][column][row]
+  tile_store<0>(sums[0], 64);
+  if constexpr (Tiles > 1) tile_store<1>(sums[1], 64);
+  if constexpr (Tiles > 2) tile_store<2>(sums[2], 64);
+  if constexpr (Tiles > 3) tile_store<3>(sums[3], 64);
+  auto* out = static_cast<BFloat16*>(params.out) + column;
+  for (int64_t row = 0; row < params.num_rows; ++row, out += params.out_stride) {
+    const auto& tile = sums[row / kTileRows];
+    for (int64_t c = 0; c < kTileRows; ++c) from_float(tile[c][row % kTileRows], out + c);
+  }
+}
+
+void tiled(const FewRowLinearParams& params, int64_t begin, int64_t end) {
+  const int64_t row_tiles = (params.num_rows + kTileRows - 1) / kTileRows;
+  auto* packed =
+      static_cast<char*>(thread_scratch(params.in_dim / kTileColumns * row_tiles * kTileBytes));
+  pack_inputs(params, row_tiles, packed);
+  const AmxTiles tiles;
+  const auto run = row_tiles == 1   ? tile_block<1>
+                   : row_tiles == 2 ? tile_block<2>
+                   : row_tiles == 3 ? tile_block<3>
+                                    : tile_block<4>;
+  for (int64_t column = begin; column < end; ++column) run(params, packed, column * kTileRows);
+}
+#endif
+
 }  // namespace
 
 bool takes_few_rows(const FewRowLinearParams& params) {
-  return params.num_rows <= kLimit && params.out_dim % kBlockColumns == 0 &&
-         params.in_dim % (2 * kLanes) == 0;
+  return params.num_rows >= 1 && params.num_rows <= kLimit && params.out_dim % kBlockColumns == 0 &&
+         params.in_dim % 32 == 0;  // a whole number of vectors or tiles on every instruction set
 }
 
 void few_row_linear(const FewRowLinearParams& params, int64_t begin, int64_t end) {
+#if defined(REDKNOT_ISA_AMX)
+  if (params.dtype == DType::kBFloat16 && params.num_rows >= kMinTileRows) {
+    return tiled(params, begin, end);
+  }
+#endif
+  const int64_t passes = (params.num_rows + kMaxRows - 1) / kMaxRows;
+  const int64_t rows_per_pass = (params.num_rows + passes - 1) / passes;
   dispatch_dtype(params.dtype, [&](auto element) {
     using T = decltype(element);
     const auto* x = operand<T>(params);
     for (int64_t column = begin * kBlockColumns; column < end * kBlockColumns; column += kColumns) {
       // The weights of these columns come from memory for the first rows, from the cache after.
-      for (int64_t row = 0; row < params.num_rows; row += kMaxRows) {
-        const int64_t rows = params.num_rows - row < kMaxRows ? params.num_rows - row : kMaxRows;
-        columns<T>(params, x, row, rows, column);
+      for (int64_t row = 0; row < params.num_rows; row += rows_per_pass) {
+        const int64_t left = params.num_rows - row;
+        columns<T>(params, x, row, left < rows_per_pass ? left : rows_per_pass, column);
       }
     }
   });
