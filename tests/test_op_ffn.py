@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_case import DTYPES, assert_close, isas, raises, use_isa
+from paged_case import DTYPES, assert_close, isas, raises, use_isa, use_threads
 from reference.selection import gated_ffn
 from torch import Tensor
 
@@ -62,6 +62,40 @@ def test_none_one_and_all(rows: list[int]) -> None:
     want = ffn.residual.clone()
     want[rows] = ffn.exact(torch.float64)[rows].float()
     torch.testing.assert_close(ffn.run(rows), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", isas())
+def test_few_rows(isa: str, dtype: torch.dtype) -> None:
+    # Every number of rows per pass and of tiles, full and not; 65 rows are the library's.
+    ffn = Ffn(65, 64, 96, dtype)
+    exact, peer = ffn.exact(torch.float64), ffn.exact(dtype)
+    with use_isa(isa):
+        for count in (1, 2, 3, 4, 5, 6, 7, 13, 16, 17, 32, 33, 48, 63, 64, 65):
+            rows = list(range(65 - count, 65))
+            out = ffn.run(rows, packed=count % 2 == 0)
+            assert_close(out[rows], exact[rows], peer[rows])
+            assert torch.equal(out[: 65 - count], ffn.residual[: 65 - count])
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_few_rows_do_not_depend_on_threads_or_on_each_other(isa: str) -> None:
+    ffn = Ffn(64, 64, 96, torch.bfloat16)
+    with use_isa(isa):
+        with use_threads(1):
+            alone = ffn.run(list(range(64)))
+        with use_threads(2):
+            assert torch.equal(ffn.run(list(range(64))), alone)
+        assert torch.equal(ffn.run(list(range(48)))[:48], alone[:48])
+
+
+def test_weights_may_be_views() -> None:
+    ffn = Ffn(8, 64, 96, torch.float32)
+    want = ffn.run([1, 2], packed=False)
+    for name in ("gate", "up", "down"):
+        weight = getattr(ffn, name)
+        setattr(ffn, name, torch.cat([weight, weight], dim=1)[:, : weight.shape[1]])
+    assert torch.equal(ffn.run([1, 2], packed=False), want)
 
 
 @pytest.mark.parametrize("rows", [1024, 1025, 2500])
