@@ -47,7 +47,7 @@ step() { # name command...
 step machine bash -c "nvidia-smi; nvcc --version; $python -c 'import torch
 print(torch.__version__, torch.version.cuda, torch.cuda.get_device_name())'"
 CMAKE_ARGS="-DREDKNOT_CUDA=ON ${CMAKE_ARGS:-}" step build "$python" setup.py build_ext --inplace
-tests=(tests/test_cuda_ops.py tests/test_cuda_attention.py)
+tests=(tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_cuda_select.py)
 step test "$python" -m pytest -m gpu -rs "${tests[@]}" --junitxml "$out/test.xml"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

@@ -72,6 +72,7 @@ def cases() -> dict[str, Case]:
         "select_tokens": (RAW.select_tokens, (torch.rand(7), int32(0, 3, 7), 0.5, 1, 1), {}),
         "gathered_ffn": (RAW.gathered_ffn, ffn, {}),
         "rms_norm": (RAW.rms_norm, (torch.randn(3, 16), torch.randn(16), 1e-6), {}),
+        "merge_states": (RAW.merge_states, (k, torch.randn(2, 3), 2 * k, torch.randn(2, 3)), {}),
     }  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def test_every_operator_is_covered() -> None:
         if s.name.startswith("redknot")
     }
     tools = {"_cpu_isa", "_cpu_dot_roof", "_cpu_read_roof"}  # no tensors come out of them
-    assert schemas - covered == {"merge_states", *tools}
+    assert schemas - covered == tools
 
 
 def clones(args: tuple[object, ...]) -> list[object]:
@@ -128,10 +129,7 @@ def test_a_layer_through_inductor() -> None:
     torch.testing.assert_close(got, step(q, k, k_cache, v_cache), rtol=0, atol=0)
 
 
-def test_not_yet_supported_says_so() -> None:
-    out, lse = torch.zeros(2, 1, 8), torch.zeros(1, 2)
-    with pytest.raises(RuntimeError, match=r"^merge_states: not supported yet"):
-        ops.merge_states(out, lse, out, lse)
+def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r'_cpu_isa: isa must be one .* got "sve"'):
         RAW._cpu_isa("sve")
 

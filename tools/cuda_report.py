@@ -56,6 +56,8 @@ RULES = (
         max_registers=224,
     ),
     Rule(r"^plan_kernel", (), max_registers=64),
+    Rule(r"^token_importance_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128",)),
+    Rule(r"^merge_states_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128", "STG.128")),
     Rule(r"^realign_keys_kernel<(float, 4|__nv_bfloat16, 8|__half, 8),", ("LDG.128", "STG.128")),
 )
 # Worth a column of the table where present.

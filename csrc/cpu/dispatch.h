@@ -4,6 +4,7 @@
 
 #include "redknot/attention.h"
 #include "redknot/ffn.h"
+#include "redknot/merge.h"
 #include "redknot/planner.h"
 #include "redknot/rope.h"
 #include "redknot/select.h"
@@ -38,6 +39,7 @@ struct Kernels {
                    DType dtype,
                    bool interleaved);
   void (*token_importance)(const TokenImportanceParams& params, int64_t begin, int64_t end);
+  void (*merge_states)(const MergeStatesParams& params, int64_t begin, int64_t end);
   void (*gather_norm)(const GatherNormParams& params, int64_t begin, int64_t end);
   void (*gated_silu)(const GatedSiluParams& params, int64_t begin, int64_t end);
   void (*scatter_add)(const ScatterAddParams& params, int64_t begin, int64_t end);

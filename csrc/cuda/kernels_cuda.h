@@ -2,10 +2,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 #include "cuda/attention/plan.h"
 #include "redknot/attention.h"
+#include "redknot/merge.h"
 #include "redknot/pages.h"
 #include "redknot/rope.h"
+#include "redknot/select.h"
 
 // Every kernel of this room, as the host calls it: arguments are checked already, pointers are of
 // the current device, the work is queued on `stream` and not waited for.
@@ -16,6 +20,14 @@ namespace redknot::gpu {
 [[nodiscard]] cudaError_t rope_realign(const RopeRealignParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t rope_realign_pages(const RopeRealignPagesParams& params,
                                              cudaStream_t stream);
+[[nodiscard]] cudaError_t token_importance(const TokenImportanceParams& params,
+                                           cudaStream_t stream);
+// `workspace` holds as many int32 as select_tokens_workspace says.
+int64_t select_tokens_workspace(int64_t num_tokens, int64_t num_seqs);
+[[nodiscard]] cudaError_t select_tokens(const SelectTokensParams& params,
+                                        int32_t* workspace,
+                                        cudaStream_t stream);
+[[nodiscard]] cudaError_t merge_states(const MergeStatesParams& params, cudaStream_t stream);
 
 // The plans of `num_layers` layers, one behind the other, GpuPlanLayout(input).num_words each; the
 // arrays of `input` are the layers', in the same way.

@@ -338,14 +338,7 @@ Tensor seg_paged_plan(const Tensor& row_indptr,
   return out;
 }
 
-std::tuple<Tensor, Tensor> merge_states(const Tensor&,
-                                        const Tensor&,
-                                        const Tensor&,
-                                        const Tensor&) {
-  fail("merge_states: not supported yet");
-}
-
-void add_attention(torch::stable::detail::StableLibrary& m) {
+void add_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("seg_paged_attention", TORCH_BOX(&seg_paged_attention));
   m.impl("seg_paged_attention_out", TORCH_BOX(&seg_paged_attention_out));
   m.impl("seg_paged_plan", TORCH_BOX(&seg_paged_plan));
@@ -353,15 +346,9 @@ void add_attention(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) {
-  add_attention(m);
-  m.impl("merge_states", TORCH_BOX(&merge_states));
-}
-STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) {  // refuses its arguments by name
+STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
 #if !defined(REDKNOT_WITH_CUDA)
-  add_attention(m);
+STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
 #endif
-  m.impl("merge_states", TORCH_BOX(&merge_states));
-}
 
 }  // namespace redknot::binding

@@ -2,6 +2,7 @@
 
 #include "redknot/attention.h"
 #include "redknot/ffn.h"
+#include "redknot/merge.h"
 #include "redknot/pages.h"
 #include "redknot/parallel.h"
 #include "redknot/roofs.h"
@@ -19,6 +20,7 @@ void rope_realign(const RopeRealignParams& params, const Executor& executor);
 void rope_realign_pages(const RopeRealignPagesParams& params, const Executor& executor);
 void token_importance(const TokenImportanceParams& params, const Executor& executor);
 void select_tokens(const SelectTokensParams& params, const Executor& executor);
+void merge_states(const MergeStatesParams& params, const Executor& executor);
 void gather_norm(const GatherNormParams& params, const Executor& executor);
 // False where the sizes are not for it; nothing is done then.
 bool few_row_linear(const FewRowLinearParams& params, const Executor& executor);

@@ -2,11 +2,12 @@
 
 Everything here works on CPU tensors in float32, bfloat16 and float16, under ``torch.compile`` and
 with fake tensors. With CUDA in the build, `seg_paged_attention` (bfloat16 and float16; head_dim 32,
-64, 128 or 256; pages of a multiple of 16 up to 256), `seg_paged_plan`, `write_pages`, `copy_pages`
-and `rope_realign` take CUDA tensors too; they never wait for the device, so the *values* of index
-tensors are trusted there. Wrong arguments raise ``RuntimeError`` with a message that names the
-operator, the argument, the rule and what arrived. Index tensors are int32 unless said. A *row* is
-one KV head of one sequence: ``row = seq * num_kv_heads + kv_head``.
+64, 128 or 256; pages of a multiple of 16 up to 256), `seg_paged_plan`, `write_pages`, `copy_pages`,
+`rope_realign`, `token_importance`, `select_tokens` and `merge_states` take CUDA tensors too; they
+never wait for the device, so the *values* of index tensors are trusted there. Wrong arguments raise
+``RuntimeError`` with a message that names the operator, the argument, the rule and what arrived.
+Index tensors are int32 unless said. A *row* is one KV head of one sequence:
+``row = seq * num_kv_heads + kv_head``.
 """
 
 from __future__ import annotations
@@ -364,7 +365,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def merge_states(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Not supported yet: merge two partial attention results over disjoint keys."""
+    """Attention over a union of keys, from the results over two disjoint parts of them.
+
+    Parameters
+    ----------
+    out_a, out_b : Tensor [num_tokens, num_q_heads, head_dim], float32, bfloat16 or float16
+        Results over either part, in one dtype; the last dimension is contiguous.
+    lse_a, lse_b : Tensor [num_q_heads, num_tokens], float32
+        Their log-sum-exp (natural log). -inf: no key was seen, and the result does not count.
+
+    Returns
+    -------
+    out : Tensor [num_tokens, num_q_heads, head_dim]
+        In the dtype of the inputs; zeros where neither part has a key.
+    lse : Tensor [num_q_heads, num_tokens], float32
+        Over the union.
+
+    Notes
+    -----
+    Keys that both parts hold would count twice: a sink and a window that overlap are one part.
+    """
     return _ops.merge_states(out_a, lse_a, out_b, lse_b)
 
 

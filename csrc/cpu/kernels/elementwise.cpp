@@ -114,6 +114,42 @@ void token_importance(const TokenImportanceParams& params, int64_t begin, int64_
   });
 }
 
+void merge_states(const MergeStatesParams& params, int64_t begin, int64_t end) {
+  dispatch_dtype(params.dtype, [&](auto element) {
+    using T = decltype(element);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t token = row / params.num_q_heads;
+      const int64_t head = row % params.num_q_heads;
+      const float lse_a = params.lse_a[head * params.lse_a_head_stride + token];
+      const float lse_b = params.lse_b[head * params.lse_b_head_stride + token];
+      const float top = lse_a > lse_b ? lse_a : lse_b;
+      const float weight_a = top == -kInf ? 0.0f : __builtin_expf(lse_a - top);
+      const float weight_b = top == -kInf ? 0.0f : __builtin_expf(lse_b - top);
+      const float scale = top == -kInf ? 0.0f : 1.0f / (weight_a + weight_b);
+      params.lse[head * params.num_tokens + token] =
+          top == -kInf ? -kInf : top + __builtin_logf(weight_a + weight_b);
+
+      const T* a = static_cast<const T*>(params.out_a) + token * params.a_token_stride +
+                   head * params.a_head_stride;
+      const T* b = static_cast<const T*>(params.out_b) + token * params.b_token_stride +
+                   head * params.b_head_stride;
+      T* out = static_cast<T*>(params.out) + row * params.head_dim;
+      // What saw no key may hold anything.
+      const auto merge = [&](Vec x, Vec y) {
+        const Vec part_a = weight_a == 0.0f ? Vec{} : x * weight_a;
+        const Vec part_b = weight_b == 0.0f ? Vec{} : y * weight_b;
+        return (part_a + part_b) * scale;
+      };
+      for_each_vec(
+          params.head_dim,
+          [&](int64_t d) { store(out + d, merge(load(a + d), load(b + d))); },
+          [&](int64_t d, int64_t n) {
+            store_partial(out + d, merge(load_partial(a + d, n), load_partial(b + d, n)), n);
+          });
+    }
+  });
+}
+
 void gather_norm(const GatherNormParams& params, int64_t begin, int64_t end) {
   dispatch_dtype(params.dtype, [&](auto element) {
     using T = decltype(element);

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "redknot/ffn.h"
+#include "redknot/merge.h"
 #include "redknot/select.h"
 
 namespace redknot::cpu::REDKNOT_ISA {
@@ -16,6 +17,8 @@ void rope_row(const void* k,
               DType dtype,
               bool interleaved);
 void token_importance(const TokenImportanceParams& params, int64_t begin, int64_t end);
+// Rows of (token, head), head fastest.
+void merge_states(const MergeStatesParams& params, int64_t begin, int64_t end);
 void gather_norm(const GatherNormParams& params, int64_t begin, int64_t end);
 void gated_silu(const GatedSiluParams& params, int64_t begin, int64_t end);
 void scatter_add(const ScatterAddParams& params, int64_t begin, int64_t end);

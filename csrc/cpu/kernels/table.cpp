@@ -12,6 +12,7 @@ const Kernels kKernels = {
     .attention_merge = attention_merge,
     .rope_row = rope_row,
     .token_importance = token_importance,
+    .merge_states = merge_states,
     .gather_norm = gather_norm,
     .gated_silu = gated_silu,
     .scatter_add = scatter_add,
