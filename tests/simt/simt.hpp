@@ -248,8 +248,3 @@ inline void sincospif(float x, float* sine, float* cosine) {
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
-// Relaxed: it orders nothing else, as on the device.
-template <typename T>
-T atomicAdd(T* address, T value) {
-  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
-}
