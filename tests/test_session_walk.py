@@ -154,6 +154,18 @@ class Walk:
             self.append(batch, 1, expire_first=True)
             assert free - self.allocator.free_pages() <= bound
 
+    def decode_far(self) -> None:
+        """The bound of growth holds at every step of a long decode."""
+        session = self.any_session()
+        if session is None or self.sessions[session].length > 50:
+            return
+        num_tokens = self.rng.randint(1, 30)
+        bound = self.allocator.growth_pages([session], [num_tokens])
+        free = self.allocator.free_pages()
+        for _ in range(num_tokens):
+            self.append([session], 1, expire_first=True)
+            assert free - self.allocator.free_pages() <= bound
+
     def append(self, batch: list[int], num_tokens: int, *, expire_first: bool) -> None:
         counts = [num_tokens] * len(batch)
         self.execute(self.allocator.append_tokens(batch, counts, expire_first))
@@ -278,7 +290,7 @@ class Walk:
         weights = {
             self.admit: 12, self.decode: 40, self.refresh: 8, self.fork: 10, self.preempt: 6,
             self.resume: 12, self.release: 6, self.add_segment: 3, self.expire: 3,
-            self.truncate: 3, self.compress: 5, self.grow: 0.1,
+            self.truncate: 3, self.compress: 5, self.grow: 0.1, self.decode_far: 2,
         }  # fmt: skip
         steps = self.rng.choices(list(weights), list(weights.values()), k=num_operations)
         for number, step in enumerate(steps):

@@ -101,6 +101,9 @@ struct SegmentAllocator::Impl {
   // (a window of one token can have expired up to there), holds keys without a rotation offset and
   // belongs to no segment; whether another session shares it does not matter here.
   int64_t room_in_tail(const memory::Row& row, int64_t length) const;
+  // Of num_new pages that a row takes one after the other from position `begin` on, the most that
+  // it holds at once beyond what it gives back meanwhile.
+  int64_t most_at_once(const memory::Row& row, int64_t begin, int64_t num_new) const;
   void require_layer(const char* caller, int64_t layer) const {
     memory::require(layer >= 0 && layer < config.num_layers,
                     caller,

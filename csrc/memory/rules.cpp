@@ -61,6 +61,34 @@ int64_t SegmentAllocator::change_rules(SessionId session,
   return -1;
 }
 
+int64_t SegmentAllocator::Impl::most_at_once(const Row& row, int64_t begin, int64_t num_new) const {
+  if (row.is_global()) return num_new;
+  const int64_t page_size = config.page_size;
+  const HeadRule& rule = row.rule();
+  const int64_t num_pinned = ceil_div(std::max<int64_t>(rule.sink - begin, 0), page_size);
+  const std::span<const PageRef> refs = row.refs();
+  size_t next = 0;
+  int64_t freed = 0;
+  int64_t most = 0;
+  for (int64_t taken = 1; taken <= num_new; ++taken) {
+    // The first token of page `taken` finds the row at this length, and expires for it.
+    const int64_t first_seen = begin + (taken - 1) * page_size - rule.window + 1;
+    for (; next < refs.size(); ++next) {
+      const PageRef& ref = refs[next];
+      if (ref.first_position < rule.sink) continue;
+      // The last page is filled up before another one is taken.
+      const int64_t end = next + 1 == refs.size() ? begin : memory::end_position(ref);
+      if (end > first_seen) break;
+      // A page that somebody shares is not free when this row lets go.
+      freed += memory::is_absent(ref) ? slots.holders[memory::slot_of(ref.page)] == 1
+                                      : pool.ref_count(ref.page) == 1;
+    }
+    const int64_t own_expired = std::max<int64_t>(first_seen - begin, 0) / page_size - num_pinned;
+    most = std::max(most, taken - freed - std::max<int64_t>(own_expired, 0));
+  }
+  return most;
+}
+
 int64_t SegmentAllocator::growth_pages(const std::vector<SessionId>& sessions,
                                        const std::vector<int64_t>& num_tokens) const {
   require(sessions.size() == num_tokens.size(),
@@ -81,12 +109,8 @@ int64_t SegmentAllocator::growth_pages(const std::vector<SessionId>& sessions,
       const int64_t room = impl_->room_in_tail(row, found.length);
       const bool copies_tail =
           room > 0 && !memory::is_absent(row.back()) && impl_->pool.ref_count(row.back().page) > 1;
-      const int64_t appended =
-          copies_tail + ceil_div(std::max<int64_t>(num_tokens[i] - room, 0), page_size);
-      // A window of w tokens lies in at most this many pages of the ring, plus sink pages.
-      const int64_t kept =
-          ceil_div(row.rule().window, page_size) + 1 + ceil_div(row.rule().sink, page_size);
-      num_pages += row.is_global() ? appended : std::min(appended, kept);
+      const int64_t appended = ceil_div(std::max<int64_t>(num_tokens[i] - room, 0), page_size);
+      num_pages += copies_tail + impl_->most_at_once(row, found.length + room, appended);
     }
   }
   return num_pages;

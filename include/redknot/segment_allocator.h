@@ -177,8 +177,8 @@ class SegmentAllocator {
   void grow(int32_t num_pages, std::function<void(int32_t page)> poison);
 
   // --- reading ----------------------------------------------------------------------------------
-  // Upper bound of the pages that decoding num_tokens[i] more tokens in sessions[i] can ever hold
-  // beyond those held now; a local row holds no more of them than its window.
+  // Upper bound of the pages by which the pool can become emptier while num_tokens[i] more tokens
+  // are decoded in sessions[i]; what leaves the windows of local rows is counted in.
   int64_t growth_pages(const std::vector<SessionId>& sessions,
                        const std::vector<int64_t>& num_tokens) const;
   RowTable rows(const std::vector<SessionId>& sessions, int64_t layer) const;
