@@ -19,6 +19,7 @@ BENCHES: dict[str, str] = {
     "rope": "redknot.eval.bench.rope",
     "allocator": "redknot.eval.bench.allocator",
     "ttft": "redknot.eval.bench.ttft",
+    "capacity": "redknot.eval.bench.capacity",
 }
 
 
