@@ -259,7 +259,6 @@ class _Replay:
     def __init__(self, engine: Engine) -> None:
         self.skips = False
         self._runner: Any = engine._runner
-        self._last: dict[str, Any] = {}
         for name in ("prefill", "encode", "extend"):
             setattr(self._runner, name, self._around(name, getattr(self._runner, name)))
 

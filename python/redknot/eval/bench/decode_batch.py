@@ -1,8 +1,8 @@
 """Decoding a batch of ragged sessions: time against bytes, head-aware beside monolithic.
 
 One layer's attention call over all sessions, as a decode step makes it; the monolithic cache is the
-same call over the same lengths with every head global. If memory alone decided, the time would fall
-as the bytes do: `efficiency` is the share of that.
+same call over the same lengths with every head global. Bytes are those of the pages held. If they
+alone decided, the time would fall as they do: `efficiency` is the share of that.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class _Batch:
         local = np.minimum(lengths[:, None], windows + sinks)
         keys = np.where(windows < 0, lengths[:, None], local)
         self.num_keys = float(keys.sum())
-        self.num_bytes = self.num_keys * 2 * shape.head_dim * options.torch_dtype.itemsize
+        pages = sum(allocator.session_pages(session) for session in self.sessions)
+        self.num_bytes = float(pages * self.pool.page_bytes)
 
         def tensor(array: Any) -> torch.Tensor:
             return torch.as_tensor(array, dtype=torch.int32, device=options.device)
@@ -117,7 +118,7 @@ class _Batch:
             batch, shape.num_q_heads, shape.head_dim, dtype=options.torch_dtype,
             device=options.device,
         )  # fmt: skip
-        self._index = {
+        self._index: dict[str, Any] = {
             "cu_seqlens_q": tensor(np.arange(batch + 1)),
             "q_positions": tensor(lengths - 1),
             "row_window": tensor(np.tile(windows[0], batch)),
