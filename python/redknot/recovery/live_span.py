@@ -54,7 +54,7 @@ class LiveSpan(Policy):
         Of the random signal.
     """
 
-    row_fraction: float = 0.1
+    row_fraction: float = 0.05
     min_rows: int = 1
     signal: Literal["foreign", "attention_norm"] = "foreign"
     ffn_mass: float = 1.0

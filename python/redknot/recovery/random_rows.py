@@ -30,7 +30,7 @@ class RandomRows(Policy):
     draw_seed : int
     """
 
-    row_fraction: float = 0.1
+    row_fraction: float = 0.05
     edge_rows: int = 4
     draw_seed: int = 0
 

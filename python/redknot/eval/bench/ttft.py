@@ -23,7 +23,7 @@ from redknot.eval.bench.timing import Timing, ratio
 from redknot.eval.memory import peak_memory
 from redknot.eval.peers import hugging_face_dense
 from redknot.heads import HeadMap
-from redknot.recovery import Dense, ModelShape, Naive, Policy, RedKnot
+from redknot.recovery import Dense, LiveSpan, ModelShape, Naive, Policy, RedKnot
 
 __all__ = ["random_model", "run"]
 
@@ -39,6 +39,7 @@ def policies() -> list[tuple[str, Policy]]:
         ("dense", Dense()),
         ("naive", Naive()),
         ("redknot", RedKnot(dense_until=1, ffn_mass=0.2)),
+        ("live_span", LiveSpan()),
     ]
 
 
@@ -115,7 +116,13 @@ def _measure(
     heads = _head_map(layers, shape.num_kv_heads)
     itemsize = options.torch_dtype.itemsize
     kv_bytes = 2 * layers * shape.num_kv_heads * shape.head_dim * itemsize * context
-    engine = Engine(model, heads, kv_budget=_POOL_COPIES * kv_bytes + (64 << 20), chat=False)
+    engine = Engine(
+        model,
+        heads,
+        policy=LiveSpan(),  # whose hidden states are stored with the documents
+        kv_budget=_POOL_COPIES * kv_bytes + (64 << 20),
+        chat=False,
+    )
     rng = np.random.default_rng(0)
     # Prefix (BOS), documents and question make `context` tokens together.
     body = context - 1 - _QUESTION_TOKENS
