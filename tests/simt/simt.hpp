@@ -163,7 +163,8 @@ T shuffle(const char* operation, uint32_t mask, T value, int operand, SourceLane
       operation,
       mask,
       &exchange,
-      [](void* const* lanes, uint32_t) {
+      // Registers, which no thread races for, in memory of the lanes' stacks.
+      [](void* const* lanes, uint32_t) __attribute__((no_sanitize_thread)) {
         for (int lane = 0; lane < 32; ++lane) {
           if (lanes[lane] == nullptr) continue;
           auto& self = *static_cast<Exchange<T>*>(lanes[lane]);
