@@ -106,6 +106,8 @@ class LmdbBackend:
         Most bytes that the file may grow to.
     create : bool
         Whether a store that does not exist is made.
+    check : bool
+        Whether another process walks the environment first; damage then is an error, not a signal.
 
     Raises
     ------
@@ -116,7 +118,14 @@ class LmdbBackend:
     name = "lmdb"
     may_block = True
 
-    def __init__(self, path: Path, *, map_bytes: int = _MAP_BYTES, create: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        map_bytes: int = _MAP_BYTES,
+        create: bool = True,
+        check: bool = True,
+    ) -> None:
         self._lmdb = _lmdb()
         self._path = os.path.realpath(path)
         exists = (Path(self._path) / "data.mdb").exists()
@@ -125,7 +134,7 @@ class LmdbBackend:
         with _open_lock:
             env, users = _open.get(self._path, (None, 0))
             if env is None:
-                if exists:
+                if exists and check:
                     _check(Path(self._path))
                 env = self._open_env(path, map_bytes)
             _open[self._path] = (env, users + 1)
