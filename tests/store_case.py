@@ -17,7 +17,9 @@ import pytest
 
 from redknot.store.layout import NeededTokens, Regions, SegmentShape
 from redknot.store.manifest import Manifest, seal
-from redknot.store.tiers import Expected
+from redknot.store.tiers import expected_of
+
+__all__ = ["RedisServer", "expected_of", "heads_needed", "key_of", "make_segment", "needs_redis"]
 
 FINGERPRINT = "model-a"
 SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
@@ -74,19 +76,6 @@ def make_segment(
     pages = rng.integers(0, 256, manifest.layout.num_bytes, dtype=np.uint8)
     hidden = rng.integers(0, 256, manifest.num_hidden_bytes, dtype=np.uint8)
     return *seal(manifest, pages, hidden if hidden_bytes else None), pages
-
-
-def expected_of(manifest: Manifest) -> Expected:
-    shape = manifest.shape
-    return Expected(
-        manifest.fingerprint,
-        manifest.dtype,
-        shape.num_layers,
-        shape.num_kv_heads,
-        shape.num_tokens,
-        shape.row_bytes,
-        manifest.first_position,
-    )
 
 
 def heads_needed(manifest: Manifest, heads: tuple[int, ...]) -> NeededTokens:

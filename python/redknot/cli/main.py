@@ -15,14 +15,14 @@ _BAD_INPUT = 2
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of all sub-commands; each module adds its own."""
-    from redknot.cli import bench, demo, eval, generate, inspect, profile
+    from redknot.cli import bench, demo, doctor, eval, generate, inspect, profile, store
 
     parser = argparse.ArgumentParser(
         prog="redknot",
         description="Head-aware KV cache reuse for long-context inference.",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, generate, inspect, profile, bench, eval):
+    for command in (demo, generate, inspect, profile, bench, eval, store, doctor):
         command.add_parser(subparsers)
     return parser
 

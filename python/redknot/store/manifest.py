@@ -36,7 +36,8 @@ class DamagedError(Exception):
     """Stored bytes that are not what was written."""
 
 
-def _xxh3(data: Any, seed: int = 0) -> int:
+def checksum(data: Any, seed: int = 0) -> int:
+    """XXH3-64 of some bytes."""
     try:
         import xxhash
     except ImportError:
@@ -52,7 +53,7 @@ def hash_pages(
 ) -> NDArray[np.uint64]:
     """Checksums of pages that lie at `begin` in a buffer, each seeded with its page number."""
     spans = zip(begin.tolist(), sizes.tolist(), seeds.tolist(), strict=True)
-    return np.array([_xxh3(data[at : at + size], seed) for at, size, seed in spans], dtype="<u8")
+    return np.array([checksum(data[at : at + size], seed) for at, size, seed in spans], dtype="<u8")
 
 
 def new_write_id() -> str:
@@ -142,10 +143,10 @@ class Manifest:
         first = int(np.prod(self.shape.pages))
         return first + np.arange(len(sizes)), np.cumsum(sizes) - sizes, sizes
 
-    def to_bytes(self) -> bytes:
-        """Serialise."""
+    def header(self) -> dict[str, Any]:
+        """Everything but the checksums, as plain values."""
         shape = self.shape
-        header = {
+        return {
             "key": self.key,
             "fingerprint": self.fingerprint,
             "dtype": self.dtype,
@@ -165,9 +166,12 @@ class Manifest:
             "write_id": self.write_id,
             "hidden": [self.hidden_layer, self.hidden_bytes],
         }
-        text = json.dumps(header, sort_keys=True).encode()
+
+    def to_bytes(self) -> bytes:
+        """Serialise."""
+        text = json.dumps(self.header(), sort_keys=True).encode()
         body = _FIXED.pack(_MAGIC, FORMAT_VERSION, len(text)) + text + self.checksums.tobytes()
-        return body + _xxh3(body).to_bytes(8, "little")
+        return body + checksum(body).to_bytes(8, "little")
 
     @staticmethod
     def from_bytes(data: bytes) -> Manifest:
@@ -185,28 +189,35 @@ class Manifest:
             raise DamagedError("manifest does not begin with RKSG")
         if version != FORMAT_VERSION:
             raise DamagedError(f"manifest has format {version}, this is format {FORMAT_VERSION}")
-        if _xxh3(data[:-8]) != int.from_bytes(data[-8:], "little"):
+        if checksum(data[:-8]) != int.from_bytes(data[-8:], "little"):
             raise DamagedError("manifest does not match its checksum")
         header = json.loads(data[_FIXED.size : _FIXED.size + length])
+        sums = np.frombuffer(data[_FIXED.size + length : -8], dtype="<u8")
+        return Manifest.from_header(header, checksums=sums)
+
+    @staticmethod
+    def from_header(header: dict[str, Any], **changes: Any) -> Manifest:
+        """Of what `header` returned, with some fields given anew; checksums are empty if not."""
         shape = SegmentShape(*header["shape"])
         heads = (shape.num_layers, shape.num_kv_heads)
-        return Manifest(
-            key=header["key"],
-            fingerprint=header["fingerprint"],
-            dtype=header["dtype"],
-            shape=shape,
-            regions=Regions(
+        fields: dict[str, Any] = {
+            "key": header["key"],
+            "fingerprint": header["fingerprint"],
+            "dtype": header["dtype"],
+            "shape": shape,
+            "regions": Regions(
                 _unpack(header["first_pages"], heads), _unpack(header["last_pages"], heads)
             ),
-            first_position=header["first_position"],
-            offline_flops=header["offline_flops"],
-            offline_seconds=header["offline_seconds"],
-            created=header["created"],
-            write_id=header["write_id"],
-            checksums=np.frombuffer(data[_FIXED.size + length : -8], dtype="<u8"),
-            hidden_layer=header["hidden"][0],
-            hidden_bytes=header["hidden"][1],
-        )
+            "first_position": header["first_position"],
+            "offline_flops": header["offline_flops"],
+            "offline_seconds": header["offline_seconds"],
+            "created": header["created"],
+            "write_id": header["write_id"],
+            "checksums": np.empty(0, dtype="<u8"),
+            "hidden_layer": header["hidden"][0],
+            "hidden_bytes": header["hidden"][1],
+        }
+        return Manifest(**{**fields, **changes})
 
 
 def seal(

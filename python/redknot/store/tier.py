@@ -106,7 +106,7 @@ class Tier:
 
     # --- calls with a deadline -------------------------------------------------------------------
 
-    def _call(self, job: Callable[[float], _T]) -> _T | Status:
+    def call(self, job: Callable[[float], _T]) -> _T | Status:
         """Run `job(timeout)`, on a thread that can be left behind where it may block."""
         if not self.backend.may_block:
             return job(self.url.timeout)
@@ -150,7 +150,7 @@ class Tier:
             self.counts.skipped_down += 1
             return self._down_status
         begin = time.perf_counter()
-        answer = self._call(lambda timeout: self.backend.get([f"m/{key}"], timeout)[0])
+        answer = self.call(lambda timeout: self.backend.get([f"m/{key}"], timeout)[0])
         found: Manifest | Status
         if isinstance(answer, Status):
             found = answer
@@ -164,7 +164,7 @@ class Tier:
             self._latency = (1 - _NEWEST) * self._latency + _NEWEST * latency
             if self.is_expired(found):
                 self.counts.expired += 1
-                self._remove_items([found.item_key, *found.object_keys])
+                self.remove_items([found.item_key, *found.object_keys])
                 found = Status.MISSING
         if isinstance(found, Status):
             self._answered(found)
@@ -192,7 +192,7 @@ class Tier:
         begin = time.perf_counter()
         statuses: list[Status] = []
         for batch in _batches(reads, lambda read: read.num_bytes):
-            answer = self._call(partial(self.backend.get_ranges, batch))
+            answer = self.call(partial(self.backend.get_ranges, batch))
             statuses += [answer] * len(batch) if isinstance(answer, Status) else answer
             if Status.TIMEOUT in statuses or Status.UNREACHABLE in statuses:
                 break
@@ -244,26 +244,26 @@ class Tier:
         if self.is_down():
             self.counts.skipped_down += 1
             return self._down_status
-        before = self._call(lambda timeout: self.backend.get([manifest.item_key], timeout)[0])
+        before = self.call(lambda timeout: self.backend.get([manifest.item_key], timeout)[0])
         if isinstance(before, bytes):
             old = _parse(before)
             if old is not None and old.write_id == manifest.write_id:
                 return Status.OK
             if old is not None and not self.is_expired(old) and self._is_whole(old):
                 return Status.OK
-            self._remove_items([manifest.item_key, *(old.object_keys if old else [])])
+            self.remove_items([manifest.item_key, *(old.object_keys if old else [])])
         elif before is not Status.MISSING:
             return self._answered(before)
         status = self._put(manifest, objects)
         if status is Status.FULL and self._make_room(manifest.num_bytes, at_least_one=True):
             status = self._put(manifest, objects)
         if status is not Status.OK:
-            self._remove_items([manifest.item_key, *manifest.object_keys])
+            self.remove_items([manifest.item_key, *manifest.object_keys])
         return self._answered(status)
 
     def _is_whole(self, manifest: Manifest) -> bool:
         """Whether every object of a stored segment is there; a region may have been dropped."""
-        answer = self._call(lambda t: self.backend.sizes(f"d/{manifest.key}/", t))
+        answer = self.call(lambda t: self.backend.sizes(f"d/{manifest.key}/", t))
         return not isinstance(answer, Status) and all(
             answer.get(key) == size
             for key, size in zip(manifest.object_keys, manifest.object_sizes, strict=True)
@@ -291,7 +291,7 @@ class Tier:
         ]
         items.append(ItemWrite(manifest.item_key, manifest.to_bytes()))
         for batch in _batches(items, lambda item: len(item.data)):
-            answer = self._call(partial(self.backend.put, batch))
+            answer = self.call(partial(self.backend.put, batch))
             statuses = [answer] if isinstance(answer, Status) else answer
             failed = next((s for s in statuses if s is not Status.OK), None)
             if failed is not None:
@@ -350,7 +350,7 @@ class Tier:
         keys = list(unit.object_keys)
         if not any(f"{key}/{region}" in self._units for region in (*REGIONS, "hidden")):
             keys.insert(0, f"m/{key}")
-        self._call(lambda timeout: self.backend.remove(keys, timeout))
+        self.call(lambda timeout: self.backend.remove(keys, timeout))
         self.counts.evictions += 1
         self.counts.evicted_bytes += unit.num_bytes
 
@@ -359,7 +359,7 @@ class Tier:
         if time.monotonic() - self._listed_at < _RELIST_SECONDS:
             return
         self._listed_at = time.monotonic()
-        answer = self._call(lambda timeout: self.backend.sizes("d/", timeout))
+        answer = self.call(lambda timeout: self.backend.sizes("d/", timeout))
         if isinstance(answer, Status):
             return
         found: dict[str, _Unit] = {}
@@ -380,10 +380,11 @@ class Tier:
     def remove(self, manifest: Manifest) -> Status:
         """Remove a segment: its manifest first."""
         self._forget(manifest)
-        return self._remove_items([manifest.item_key, *manifest.object_keys])
+        return self.remove_items([manifest.item_key, *manifest.object_keys])
 
-    def _remove_items(self, keys: Sequence[str]) -> Status:
-        answer = self._call(lambda timeout: self.backend.remove(keys, timeout))
+    def remove_items(self, keys: Sequence[str]) -> Status:
+        """Remove items by their keys in the engine; the first one's status."""
+        answer = self.call(lambda timeout: self.backend.remove(keys, timeout))
         return answer if isinstance(answer, Status) else answer[0]
 
     def _unit_name(self, manifest: Manifest, object_index: int) -> str:

@@ -21,7 +21,7 @@ from redknot.store.tier import Tier
 from redknot.store.url import open_backend, parse_url
 from redknot.store.workers import Workers
 
-__all__ = ["Expected", "Loaded", "Missed", "TieredStore", "open_tiers"]
+__all__ = ["Expected", "Loaded", "Missed", "TieredStore", "expected_of", "open_tiers"]
 
 logger = logging.getLogger("redknot.store")
 
@@ -46,17 +46,21 @@ class Expected:
 
     def matches(self, key: str, manifest: Manifest) -> bool:
         """Whether a manifest is of this segment."""
-        shape = manifest.shape
-        found = Expected(
-            manifest.fingerprint,
-            manifest.dtype,
-            shape.num_layers,
-            shape.num_kv_heads,
-            shape.num_tokens,
-            shape.row_bytes,
-            manifest.first_position,
-        )
-        return manifest.key == key and found == self
+        return manifest.key == key and expected_of(manifest) == self
+
+
+def expected_of(manifest: Manifest) -> Expected:
+    """What a manifest says of itself."""
+    shape = manifest.shape
+    return Expected(
+        manifest.fingerprint,
+        manifest.dtype,
+        shape.num_layers,
+        shape.num_kv_heads,
+        shape.num_tokens,
+        shape.row_bytes,
+        manifest.first_position,
+    )
 
 
 @dataclass(frozen=True)
@@ -407,6 +411,14 @@ class _Reading:
             tuple(self.sources),
             seconds,
         )
+
+
+def read_segment(tier: Tier, manifest: Manifest) -> Loaded | Status:
+    """All of a segment of one tier, checked; nothing is counted as an engine's, or removed."""
+    started = time.perf_counter()
+    reading = _Reading(manifest, None, hidden=True)
+    trouble = reading.read_from(tier)
+    return trouble if trouble is not None else reading.loaded(time.perf_counter() - started)
 
 
 def _report(tier: Tier, key: str, status: Status) -> None:

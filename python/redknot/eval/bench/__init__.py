@@ -20,6 +20,7 @@ BENCHES: dict[str, str] = {
     "allocator": "redknot.eval.bench.allocator",
     "ttft": "redknot.eval.bench.ttft",
     "capacity": "redknot.eval.bench.capacity",
+    "store": "redknot.eval.bench.store",
 }
 
 

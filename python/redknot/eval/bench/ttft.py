@@ -25,7 +25,7 @@ from redknot.eval.peers import hugging_face_dense
 from redknot.heads import HeadMap
 from redknot.recovery import Dense, LiveSpan, ModelShape, Naive, Policy, RedKnot
 
-__all__ = ["random_model", "run"]
+__all__ = ["random_model", "run", "spread_heads"]
 
 _GLOBAL_FRACTION, _WINDOW, _SINK = 0.15, 1024, 128
 _DOCUMENTS, _QUESTION_TOKENS, _NEW_TOKENS = 16, 64, 8
@@ -94,7 +94,7 @@ def random_model(shape: ModelShape, num_layers: int, options: Options) -> Any:
     return model
 
 
-def _head_map(num_layers: int, num_kv_heads: int) -> HeadMap:
+def spread_heads(num_layers: int, num_kv_heads: int) -> HeadMap:
     """15 % of all KV heads global, spread over the layers."""
     total = num_layers * num_kv_heads
     chosen = np.linspace(0, total, max(1, round(_GLOBAL_FRACTION * total)), endpoint=False)
@@ -113,7 +113,7 @@ def _measure(
     options: Options,
     roofs: Roofs,
 ) -> list[Row]:
-    heads = _head_map(layers, shape.num_kv_heads)
+    heads = spread_heads(layers, shape.num_kv_heads)
     itemsize = options.torch_dtype.itemsize
     kv_bytes = 2 * layers * shape.num_kv_heads * shape.head_dim * itemsize * context
     engine = Engine(
