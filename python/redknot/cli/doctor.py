@@ -161,5 +161,7 @@ def _store(url: str) -> Finding:
         with StoreAdmin(url) as admin:
             stats = admin.stats()
     except RedknotError as error:
-        return Finding(name, "broken", str(error), "engines work without it, and compute everything")
+        return Finding(
+            name, "broken", str(error), "engines work without it, and compute everything"
+        )
     return Finding(name, "ok", f"{stats['segments']} segments, {bytes_text(stats['bytes'])}")

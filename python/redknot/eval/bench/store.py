@@ -51,9 +51,7 @@ def _measure(
     heads = spread_heads(layers, shape.num_kv_heads)
     kv_bytes = 2 * layers * shape.num_kv_heads * shape.head_dim * options.torch_dtype.itemsize
     rng = np.random.default_rng(0)
-    texts = [
-        rng.integers(0, shape.vocab_size, context // _DOCUMENTS) for _ in range(_DOCUMENTS)
-    ]
+    texts = [rng.integers(0, shape.vocab_size, context // _DOCUMENTS) for _ in range(_DOCUMENTS)]
     question = rng.integers(0, shape.vocab_size, _QUESTION_TOKENS)
     policies: dict[str, Policy] = {
         "naive": Naive(),
