@@ -33,7 +33,8 @@ def test_commands(monkeypatch, capsys):
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
     ours = [c[1:] for c in commands if c[:1] == ["redknot"]]
-    assert {c[0] for c in ours} == {"demo", "eval", "generate", "inspect", "profile"}
+    known = {"demo", "eval", "generate", "inspect", "profile", "store", "doctor"}
+    assert {c[0] for c in ours} == known
     for command in ours:
         if command[0] == "demo":
             command = [*command, "--questions", "2", "--context", "200"]
