@@ -171,3 +171,83 @@ def test_bad_stores_are_refused_before_anything_is_loaded():
         make_engine(["mem:?capacity=1MiB", "mem:"])
     with pytest.raises(InputError, match="must be mem:"):
         redknot.Engine("no such model", store="s3://x")
+
+
+POLICIES = {
+    "naive": redknot.Naive(),
+    "redknot": redknot.RedKnot(),
+    "boundary": redknot.RedKnot(boundary_rows=9),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_only_what_a_request_sees_is_read(name, tmp_path):
+    """What is not read is NaN in these engines' pools: one look at it would show."""
+    url, policy = f"lmdb://{tmp_path}/store?prefer=load", POLICIES[name]
+    with make_engine(url) as engine:
+        expected = {key: answer(engine, policy=value) for key, value in POLICIES.items()}
+    with make_engine(url) as engine:
+        [tier] = engine.store.tiers
+        result = answer(engine, policy=policy)
+        assert sources(result) == ["loaded"] * 4
+        assert torch.equal(result_logits(engine, policy), result_logits(engine, policy))
+        assert result.token_ids == expected[name].token_ids
+        stored = sum(tier.backend.sizes("d/", 5.0).values())
+        share = {"naive": 0.75, "redknot": 0.65, "boundary": 0.65}[name]
+        assert 0 < tier.counts.bytes_read < share * stored
+        # Another policy needs other pages: they come when it asks, and nothing is computed.
+        for other in POLICIES:
+            again = answer(engine, policy=POLICIES[other], order=(0, 1, 2, 3))
+            assert again.token_ids == expected[other].token_ids, other
+            assert set(sources(again)) <= {"loaded", "cached"}
+        assert tier.counts.failures == {}
+    with make_engine(url) as engine:  # what is missing cannot be read: the document is computed
+        answer(engine, policy=redknot.RedKnot())
+        [tier] = engine.store.tiers
+        tier.backend.remove(list(tier.backend.sizes("", 5.0)), 5.0)
+        result = answer(engine, policy=redknot.Naive())
+        assert result.token_ids == expected["naive"].token_ids
+        assert "computed" in sources(result)
+
+
+def result_logits(engine, policy):
+    ids = [engine.add(document) for document in DOCUMENTS]
+    return engine.prefill(ids, QUESTION, policy=policy).logits
+
+
+def test_needed_tokens_are_what_the_visibility_rule_says():
+    """Against the rule written out for every pair of positions."""
+    from redknot.engine.needs import needed_tokens
+    from redknot.engine.runner import HeadRules
+    from redknot.recovery import LayerPlan, Placement, PromptLayout, RecoveryPlan
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = rng.integers(1, 30, 3)
+        ends = 3 + np.cumsum(lengths)
+        documents = tuple(
+            Placement(int(end - n), int(end), 0, False)
+            for end, n in zip(ends, lengths, strict=True)
+        )
+        total = int(ends[-1]) + 4
+        layout = PromptLayout(3, documents, int(ends[-1]), total)
+        inside = np.arange(3, ends[-1])
+        layers, is_global = [], rng.random((4, 2)) < 0.4
+        for _ in range(4):
+            live = inside[rng.random(len(inside)) < rng.choice([0.0, 0.3, 1.0])]
+            layers.append(LayerPlan(live, live[rng.random(len(live)) < 0.3]))
+        windows = np.where(is_global, -1, rng.integers(1, 20, (4, 2))).astype(np.int32)
+        sinks = np.where(is_global, 0, rng.integers(0, 9, (4, 2))).astype(np.int32)
+        needed = needed_tokens(
+            RecoveryPlan(tuple(layers)), layout, HeadRules(is_global, windows, sinks)
+        )
+        for layer, step in enumerate(layers):
+            rows = [*step.live, *range(layout.query_begin, total)]
+            for head in range(2):
+                replaced = step.live if is_global[layer, head] else step.fresh_local
+                w, s = windows[layer, head], sinks[layer, head]
+                for document, tokens in zip(documents, needed, strict=True):
+                    for j in range(document.begin, document.end):
+                        sees = any(j <= i and (w < 0 or j < s or j > i - w) for i in rows)
+                        found = tokens.tokens[tokens.group[layer, head], j - document.begin]
+                        assert found == (sees and j not in replaced)

@@ -93,6 +93,13 @@ def test_only_the_needed_pages_are_read():
     assert np.array_equal(rows[v_row], all_rows[all_v[index]])
 
 
+def test_nothing_is_read_of_what_nothing_is_needed_of():
+    store, _, [_, tier] = store_of("capacity=1MiB", "timeout=5")
+    manifest, _ = put(store, 0)
+    loaded = load(store, manifest, heads_needed(manifest, ()))
+    assert loaded.num_bytes == 0 and len(loaded.tiers) == 1 and tier.counts.bytes_read == 0
+
+
 def test_another_model_or_place_is_not_found(caplog):
     store, _, [tier] = store_of()
     manifest, _ = put(store, 0)

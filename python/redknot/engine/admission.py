@@ -16,6 +16,7 @@ from redknot.engine.documents import DocumentCache, Found, place
 from redknot.engine.report import explain, explain_shared
 from redknot.engine.results import Prefill
 from redknot.engine.runner import HeadRules, Prompt, Runner
+from redknot.engine.segment_tiers import Outline
 from redknot.errors import BudgetError, InputError
 from redknot.heads import HeadMap
 from redknot.recovery import (
@@ -103,14 +104,18 @@ class Admission:
                 return self._continue(chain, token_ids, rules, reserved or {}, growth, started)
         prefix: Found | None = None
         found: list[Found] = []
-        if policy.reuses_documents:
-            prefix = self._documents.prefix(keep)
-            entry = policy.entry_layer(self._heads)
-            found = [
-                self._documents.find(document, keep, hidden_layer=entry) for document in documents
-            ]
-        layout = _layout(token_ids, prefix, found)
+        prefix_end = len(self._documents.prefix_ids) if policy.reuses_documents else 0
+        outlines = [self._documents.outline(d) for d in documents if policy.reuses_documents]
+        layout = _layout(len(token_ids), prefix_end, outlines)
         plan = policy.plan(layout, self._heads)
+        if policy.reuses_documents:
+            entry = policy.entry_layer(self._heads)
+            needed = self._documents.read_ahead(documents, entry, plan, layout, rules)
+            prefix = self._documents.prefix(keep)
+            found = [
+                self._documents.find(document, keep, hidden_layer=entry, needed=tokens)
+                for document, tokens in zip(documents, needed, strict=True)
+            ]
         attached = [item.segment.handle for item in ([prefix] if prefix else []) + found]
         session = self._open_session(
             attached, layout, plan, rules, keep, reserved or {}, [new_tokens] * copies
@@ -325,11 +330,10 @@ def _offline_flops(found: Sequence[Found]) -> float:
     return sum(segment.offline_flops for segment in unique.values())
 
 
-def _layout(token_ids: np.ndarray, prefix: Found | None, found: list[Found]) -> PromptLayout:
-    prefix_end = prefix.segment.num_tokens if prefix is not None else 0
-    placements = place(prefix_end, [item.segment for item in found])
+def _layout(num_tokens: int, prefix_end: int, outlines: Sequence[Outline]) -> PromptLayout:
+    placements = place(prefix_end, outlines)
     query_begin = placements[-1].end if placements else prefix_end
-    return PromptLayout(prefix_end, placements, query_begin, len(token_ids))
+    return PromptLayout(prefix_end, placements, query_begin, num_tokens)
 
 
 def _write_requests(

@@ -12,10 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from redknot._memory import OutOfPages
+from redknot.engine.needs import needed_tokens
 from redknot.engine.runner import HeadRules, Runner, TokenSlots
 from redknot.engine.segment_tiers import Outline, SegmentTiers
 from redknot.errors import BudgetError, UnknownDocumentError
-from redknot.recovery import FlopCounter, Placement
+from redknot.recovery import FlopCounter, Placement, PromptLayout, RecoveryPlan
 from redknot.store import MemoryStore, Missed, Segment, segment_key, stored_parts
 from redknot.store.layout import NeededTokens
 
@@ -119,6 +120,29 @@ class DocumentCache:
         if key in self.store or not self.tiers.store:
             return key in self.store
         return self.tiers.contains(Outline(key, len(token_ids), len(self._context_ids), layer))
+
+    def outline(self, document: str) -> Outline:
+        """What is known of a document's segment before it is found."""
+        token_ids = self.token_ids(document)
+        return Outline(self._keys[document][None], len(token_ids), len(self._context_ids))
+
+    def read_ahead(
+        self,
+        documents: Sequence[str],
+        hidden_layer: int | None,
+        plan: RecoveryPlan,
+        layout: PromptLayout,
+        rules: HeadRules,
+    ) -> Sequence[NeededTokens | None]:
+        """Begin to read what a request needs of its documents; returns it, as `find` takes it."""
+        if not self.tiers.store:
+            return [None] * len(documents)
+        # A kernel may touch all of a page of which it sees a part.
+        page_size = self._runner.pool.page_size
+        needed = [n.whole_pages(page_size) for n in needed_tokens(plan, layout, rules)]
+        for document, tokens in zip(documents, needed, strict=True):
+            self.prefetch(document, hidden_layer=hidden_layer, needed=tokens)
+        return needed
 
     def keys(self, documents: Collection[str]) -> set[str]:
         """Keys that a request over `documents` must keep: theirs and the prefix's."""
@@ -395,7 +419,7 @@ class DocumentCache:
         return hidden, sum(counter.close().values())
 
 
-def place(prefix_end: int, segments: list[Segment]) -> tuple[Placement, ...]:
+def place(prefix_end: int, segments: Sequence[Segment | Outline]) -> tuple[Placement, ...]:
     """Documents one behind the other behind the prefix; the first may be at home, so exact."""
     placements, begin = [], prefix_end
     for number, segment in enumerate(segments):

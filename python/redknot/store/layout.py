@@ -122,6 +122,13 @@ class NeededTokens:
         starts = np.arange(0, self.tokens.shape[1], page_size)
         return np.logical_or.reduceat(self.tokens, starts, axis=1)[self.group]
 
+    def whole_pages(self, page_size: int) -> NeededTokens:
+        """All tokens of every page of `page_size` tokens that holds a needed one."""
+        starts = np.arange(0, self.tokens.shape[1], page_size)
+        pages = np.logical_or.reduceat(self.tokens, starts, axis=1)
+        tokens = np.repeat(pages, page_size, axis=1)[:, : self.tokens.shape[1]]
+        return NeededTokens(tokens, self.group)
+
     def same(self, other: NeededTokens | None) -> bool:
         """Whether both name the very same tokens."""
         return (

@@ -362,7 +362,8 @@ class _Reading:
 
     def read_from(self, tier: Tier) -> Status | None:
         """Read what is missing; None when nothing is missing any more, else what was wrong."""
-        if not self._missing:
+        if not self._missing:  # of a document that the request does not see, nothing is read
+            self.sources = self.sources or [tier]
             return None
         runs = [self.runs[i] for i in self._missing]
         statuses = tier.read(self.manifest, runs, self.buffer.data)
