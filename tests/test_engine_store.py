@@ -24,11 +24,13 @@ QUESTION = [5, 9, 11]
 CLASSES = [["local", "global"], ["global", "local"], ["local", "global"]]
 
 
-def make_engine(store="mem:", *, dtype=torch.float32, seed=0, page_size=16, **options):
+def make_engine(
+    store="mem:", *, dtype=torch.float32, seed=0, page_size=16, classes=CLASSES, **options
+):
     model = tiny_model("llama", 4, 2, dtype=dtype, seed=seed)
     return redknot.Engine(
         model,
-        redknot.HeadMap(CLASSES, window=24, sink=4),
+        redknot.HeadMap(classes, window=24, sink=4),
         kv_budget="16MiB",
         page_size=page_size,
         store=store,
@@ -46,14 +48,8 @@ def sources(result):
     return [document.source for document in result.explain().documents]
 
 
-@pytest.fixture(params=["lmdb", pytest.param("redis", marks=needs_redis)])
-def url(request, tmp_path):
-    if request.param == "redis":
-        return request.getfixturevalue("redis_server").url + "?prefer=load"
-    return f"lmdb://{tmp_path}/store?prefer=load"
-
-
-def test_another_process_starts_warm_with_the_same_tokens(url):
+def test_another_process_starts_warm_with_the_same_tokens(tmp_path):
+    url = f"lmdb://{tmp_path}/store?prefer=load"
     with make_engine(url) as engine:
         first = answer(engine)
         assert sources(first) == ["cached"] * 4  # computed by add
@@ -73,6 +69,17 @@ print(json.dumps([out.token_ids, [[d.source, d.reason] for d in out.explain().do
     assert [source for source, _ in documents] == ["loaded"] * 4
     assert all(f"loaded from {url.split(':')[0]}" in reason for _, reason in documents)
     assert (hits, misses) == (5, 0)  # the prefix and four documents
+
+
+@needs_redis
+def test_another_engine_finds_documents_on_a_server(redis_server):  # noqa: F811
+    url = f"{redis_server.url}?prefer=load"
+    with make_engine(url) as engine:
+        first = answer(engine)
+    with make_engine(url) as engine:
+        second = answer(engine)
+        assert sources(second) == ["loaded"] * 4 and second.token_ids == first.token_ids
+        assert all("loaded from redis" in d.reason for d in second.explain().documents)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -235,7 +242,8 @@ def test_needed_tokens_are_what_the_visibility_rule_says():
         layers, is_global = [], rng.random((4, 2)) < 0.4
         for _ in range(4):
             live = inside[rng.random(len(inside)) < rng.choice([0.0, 0.3, 1.0])]
-            layers.append(LayerPlan(live, live[rng.random(len(live)) < 0.3]))
+            fresh = live[rng.random(len(live)) < 0.7]
+            layers.append(LayerPlan(live, fresh, fresh[rng.random(len(fresh)) < 0.3]))
         windows = np.where(is_global, -1, rng.integers(1, 20, (4, 2))).astype(np.int32)
         sinks = np.where(is_global, 0, rng.integers(0, 9, (4, 2))).astype(np.int32)
         needed = needed_tokens(
@@ -244,10 +252,37 @@ def test_needed_tokens_are_what_the_visibility_rule_says():
         for layer, step in enumerate(layers):
             rows = [*step.live, *range(layout.query_begin, total)]
             for head in range(2):
-                replaced = step.live if is_global[layer, head] else step.fresh_local
+                replaced = step.fresh if is_global[layer, head] else step.fresh_local
                 w, s = windows[layer, head], sinks[layer, head]
                 for document, tokens in zip(documents, needed, strict=True):
                     for j in range(document.begin, document.end):
                         sees = any(j <= i and (w < 0 or j < s or j > i - w) for i in rows)
                         found = tokens.tokens[tokens.group[layer, head], j - document.begin]
                         assert found == (sees and j not in replaced)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 1.0])
+def test_hidden_states_are_stored_with_the_segments_that_have_them(fraction, tmp_path):
+    url = f"lmdb://{tmp_path}/store?prefer=load"
+    policy = redknot.LiveSpan(row_fraction=fraction)
+    late = [["local", "local"], *CLASSES[1:]]  # rows enter behind the first layer
+    with make_engine(url, policy=policy, classes=late) as engine:
+        expected = answer(engine)
+        # The engine alone, without a store, says the same.
+        assert answer(make_engine(policy=policy, classes=late)).token_ids == expected.token_ids
+    with make_engine(url, policy=policy, classes=late) as engine:
+        result = answer(engine)
+        assert result.token_ids == expected.token_ids and sources(result) == ["loaded"] * 4
+        assert all(e.hidden is not None for e in segments_of(engine))
+        # K and V come with them, for policies that need no hidden states.
+        naive = answer(engine, policy=redknot.Naive())
+        assert set(sources(naive)) <= {"loaded", "cached"}
+        assert (
+            naive.token_ids == answer(make_engine(classes=late), policy=redknot.Naive()).token_ids
+        )
+
+
+def segments_of(engine):
+    ids = [engine.add(document) for document in DOCUMENTS]
+    return [engine.documents.find(i, hidden_layer=engine.policy.entry_layer(engine.heads)).segment
+            for i in ids]  # fmt: skip

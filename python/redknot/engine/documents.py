@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from redknot._memory import OutOfPages
-from redknot.engine.needs import needed_tokens
+from redknot.engine.needs import needed_tokens, rows_are_known
 from redknot.engine.runner import HeadRules, Runner, TokenSlots
 from redknot.engine.segment_tiers import Outline, SegmentTiers
 from redknot.errors import BudgetError, UnknownDocumentError
@@ -136,6 +136,11 @@ class DocumentCache:
     ) -> Sequence[NeededTokens | None]:
         """Begin to read what a request needs of its documents; returns it, as `find` takes it."""
         if not self.tiers.store:
+            return [None] * len(documents)
+        # Where rows enter from stored hidden states or are chosen on the way, all of it is read.
+        if hidden_layer is not None or not rows_are_known(plan):
+            for document in documents:
+                self.prefetch(document, hidden_layer=hidden_layer)
             return [None] * len(documents)
         # A kernel may touch all of a page of which it sees a part.
         page_size = self._runner.pool.page_size

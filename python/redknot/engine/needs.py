@@ -9,9 +9,12 @@ from redknot.engine.runner import HeadRules
 from redknot.recovery import PromptLayout, RecoveryPlan
 from redknot.store.layout import NeededTokens
 
-__all__ = ["needed_tokens"]
+__all__ = ["needed_tokens", "rows_are_known"]
 
-_NOTHING = np.empty(0, dtype=np.int64)
+
+def rows_are_known(plan: RecoveryPlan) -> bool:
+    """Whether the very rows that are refreshed attend, in every layer, and none is chosen later."""
+    return all(step.pick is None and np.array_equal(step.live, step.fresh) for step in plan.layers)
 
 
 def needed_tokens(plan: RecoveryPlan, layout: PromptLayout, rules: HeadRules) -> list[NeededTokens]:
@@ -19,32 +22,21 @@ def needed_tokens(plan: RecoveryPlan, layout: PromptLayout, rules: HeadRules) ->
 
     A head needs what is visible to the rows that attend in its layer (live ones and the query's;
     rows of the answer see no more of the documents than the query's last row), less what the plan
-    replaces before anything reads it. Rows that are chosen while the prefill runs count as if all
-    of them attended and none of them was replaced.
+    replaces before anything reads it. For plans of which `rows_are_known`.
     """
     masks: list[NDArray[np.bool_]] = []
     known: dict[tuple[object, ...], int] = {}
     num_heads = rules.windows.shape[-1]
     group = np.empty((len(plan.layers), num_heads), dtype=np.int64)
-    picked = False
     for layer, step in enumerate(plan.layers):
-        pick = getattr(step, "pick", None)
-        picked |= pick is not None
-        compares = pick is not None and getattr(pick, "by", "") == "kv_shift"
-        fresh = _NOTHING if picked else getattr(step, "fresh", step.live)
-        fresh_local = _NOTHING if picked else step.fresh_local
         for head in range(num_heads):
             window, sink = int(rules.windows[layer, head]), int(rules.sinks[layer, head])
-            replaced = fresh if rules.is_global[layer, head] else fresh_local
-            key = (window, sink, id(step.live), id(replaced), compares)
+            replaced = step.fresh if rules.is_global[layer, head] else step.fresh_local
+            key = (window, sink, id(step.live), id(replaced))
             if key not in known:
                 known[key] = len(masks)
-                mask = (
-                    np.ones(layout.num_tokens, dtype=bool)
-                    if compares
-                    else _visible(layout, step.live, window, sink)
-                )
-                mask[replaced] &= compares
+                mask = _visible(layout, step.live, window, sink)
+                mask[replaced] = False
                 masks.append(mask)
             group[layer, head] = known[key]
     tokens = np.stack(masks)
