@@ -9,6 +9,9 @@ from numpy.typing import ArrayLike, NDArray
 _Int32: TypeAlias = NDArray[np.int32]
 _Int64: TypeAlias = NDArray[np.int64]
 
+def advise_huge_pages(address: int, num_bytes: int) -> None:
+    """Ask for huge pages under memory that was not written to yet; the system may say no."""
+
 class OutOfPages(RuntimeError):
     """A call needs more pages than are free; it changed nothing.
 

@@ -20,6 +20,14 @@ def bytes_per_page(page_size: int, head_dim: int, dtype: torch.dtype) -> int:
     return 2 * page_size * head_dim * dtype.itemsize
 
 
+def _new_pages(like: Tensor, num_pages: int) -> Tensor:
+    """Page tensor [num_pages, page_size, head_dim], not written to."""
+    pages = like.new_empty((num_pages, *like.shape[1:]))
+    if pages.device.type == "cpu":
+        _memory.advise_huge_pages(pages.data_ptr(), pages.nbytes)
+    return pages
+
+
 class KVPool:
     """A fixed budget of pages, shared by every layer, head, segment and session of a device.
 
@@ -53,10 +61,8 @@ class KVPool:
         self.page_bytes = bytes_per_page(page_size, head_dim, dtype)
         self.num_kv_heads = num_kv_heads
         self.device = torch.device(device)
-        self.k_cache = torch.empty(
-            (num_pages, page_size, head_dim), dtype=dtype, device=self.device
-        )
-        self.v_cache = torch.empty_like(self.k_cache)
+        like = torch.empty((0, page_size, head_dim), dtype=dtype, device=self.device)
+        self.k_cache, self.v_cache = _new_pages(like, num_pages), _new_pages(like, num_pages)
         self._swap = SwapSpace(self.k_cache)
         self.allocator = _memory.SegmentAllocator(
             num_layers=num_layers,
@@ -85,7 +91,7 @@ class KVPool:
         """
         old = self.k_cache, self.v_cache
         num_old = len(self.k_cache)
-        larger = [page.new_empty((num_pages, *page.shape[1:])) for page in old]
+        larger = [_new_pages(pages, num_pages) for pages in old]
         for new, present in zip(larger, old, strict=True):
             new[:num_old] = present
             if self.allocator.poisons_freed_pages:
