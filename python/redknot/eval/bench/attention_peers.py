@@ -60,15 +60,6 @@ def _prefill_peers(case: Case, inputs: list[Paged], options: Options) -> list[Pe
 
     if case.heads == "global" and options.wants("sdpa"):
         peers.append(Peer("SDPA causal", causal, dense, _from_bhsd))
-    if case.heads == "global" and options.wants("folded"):
-
-        def folded(qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-            q, k, v = (_fold(tensor, case.shape.num_kv_heads) for tensor in qkv)
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        peers.append(
-            Peer("folded SDPA", folded, dense, lambda out: _from_bhsd(out.flatten(0, 1)[None]))
-        )
     mask_bytes = length * length * (1 + options.torch_dtype.itemsize)
     if case.heads != "global" and options.wants("masked") and mask_bytes <= _MAX_MASK_BYTES:
         peers.append(_masked_sdpa(case, dense, length))
@@ -85,11 +76,6 @@ def _prefill_tensors(paged: Paged) -> tuple[Tensor, Tensor, Tensor]:
 
 def _from_bhsd(out: Tensor) -> Tensor:
     return out[0].transpose(0, 1)
-
-
-def _fold(tensor: Tensor, num_kv_heads: int) -> Tensor:
-    """[1, heads, tokens, dim] to [num_kv_heads, heads of a group, tokens, dim]."""
-    return tensor[0].unflatten(0, (num_kv_heads, -1))
 
 
 def _local_mask(length: int, window: int, sink: int, device: torch.device) -> Tensor:

@@ -189,8 +189,10 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
         given = [(line, row.ratios[peer]) for line, row in enumerate(rows) if peer in row.ratios]
         right.barh(
             [line - 0.4 + (number + 0.5) * height for line, _ in given],
-            [value for _, value in given],
+            [value - 1.0 for _, value in given],  # from 1 to the ratio
             height=height,
+            left=1.0,
+            color=f"C{number}" if number < 10 else str(0.1 * (number % 10)),
             label=f"vs {peer}",
         )
     right.axvline(1.0, color="black", linewidth=0.8)
