@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from redknot.cli.main import main
 from redknot.errors import InputError
@@ -154,7 +157,9 @@ def test_a_ratio_that_means_nothing_is_not_given() -> None:
 def test_flex_attention_computes_the_same(heads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
     monkeypatch.setattr(  # Inductor takes half a minute
-        torch, "compile", lambda work, **given: real(work, **given) if given else work
+        torch,
+        "compile",
+        lambda work, **given: work if work is flex_attention else real(work, **given),
     )
     case = Case(TINY, "prefill", heads, (300,), window=64, sink=16)
     inputs = build(case, Options(quick=True, dtype="float32"))
@@ -170,6 +175,91 @@ def test_a_peer_that_computes_something_else_is_refused() -> None:
     wrong = Peer("wrong", lambda inputs: torch.flip(inputs.attend(), [1]), [paged], lambda out: out)
     with pytest.raises(RuntimeError, match=r"wrong and redknot differ .* decode global 8/4x32"):
         attention._check(wrong, paged)
+
+
+def test_a_peer_that_cannot_do_a_case_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(inputs: object) -> torch.Tensor:
+        raise RuntimeError("No available kernel. Aborting execution.\nand more")
+
+    monkeypatch.setattr(
+        attention, "peers_of", lambda case, inputs, _: [Peer("cuDNN", refuse, inputs, lambda x: x)]
+    )
+    case = Case(TINY, "decode", "global", (64,))
+    row = attention._measure("Tiny", case, Options(quick=True), ROOFS)
+    reason = "No available kernel. Aborting execution."
+    assert row.details["peers_missing"] == {"cuDNN": reason} and not row.peers_ms
+    assert f"decode global 8/4x32 1 x 64: no cuDNN: {reason}" in capsys.readouterr().err
+
+
+# --- device="cuda", without one -------------------------------------------------------------------
+
+
+class FakeEvent:
+    """A clock of the device: what `_sleep` takes is not in the time between events."""
+
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.log.append("event")
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        self.log.append("wait")
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The CPU under the name of a GPU: the order of what is asked of it."""
+    monkeypatch.setattr(FakeEvent, "log", [])
+    log = FakeEvent.log
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda: SimpleNamespace(L2_cache_size=1 << 20)
+    )
+    return log
+
+
+def test_on_cuda_calls_are_queued_before_they_are_timed(cuda: list[str]) -> None:
+    timings = measure({"": lambda: cuda.append("call")}, seconds=1e-3, device="cuda")
+    first = ["synchronize", "sleep", "event", "call", "event", "wait"]
+    assert cuda[:12] == first * 2
+    # Short calls are repeated between two events, no more of them than a queue takes.
+    assert cuda[12:15] == first[:3] and cuda[15:35] == ["call"] * 20 and cuda[35] == "event"
+    assert len(timings[""].samples) >= 3
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+@pytest.mark.parametrize("heads", ["global", "local", "mixed"])
+def test_cuda_peers_compute_the_same(
+    cuda: list[str], kind: str, heads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(TINY, kind, heads, (300,), window=64, sink=16)
+    asked = Options(device="cuda", dtype="float32", skip_peers=("flex",))
+    assert asked.rotation_bytes == 4 << 20
+    inputs = build(case, Options(quick=True, dtype="float32"))[:2]
+    inputs = [replace(paged, plan=paged.make_plan()) for paged in inputs]
+    found = attention_peers.peers_of(case, inputs, asked)
+    reasons = {peer.name: attention._check(peer, inputs[0]) for peer in found}
+    expected = {
+        ("prefill", "global"): "SDPA causal",
+        ("decode", "global"): "SDPA",
+    }.get((kind, heads), "folded SDPA" if kind == "decode" else "SDPA + mask")
+    assert reasons[expected] == ""
+    if expected != "SDPA + mask":
+        backends = {f"{expected}, {name}" for name in ("flash", "cuDNN", "efficient", "math")}
+        assert backends <= reasons.keys() and reasons[f"{expected}, math"] == ""
+    assert attention._plan_time(inputs, asked)["plan_ms"] > 0
 
 
 def test_roofline() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 __all__ = ["PhaseBars", "bytes_text", "print_json", "progress_bar", "quiet_libraries", "table"]
@@ -73,6 +74,8 @@ class PhaseBars:
 
 def quiet_libraries() -> None:
     """Keep other libraries' progress bars and advice out of the output."""
+    if find_spec("transformers") is None:  # only models need it
+        return
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ _TOLD_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 def address(command: str, options: Options, roofs: Roofs) -> dict[str, Any]:
     """Where the rows of this run come from."""
-    import transformers
-
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -31,7 +30,7 @@ def address(command: str, options: Options, roofs: Roofs) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": _version("transformers"),
         },
         "threads": torch.get_num_threads(),
         "isa": torch.ops.redknot._cpu_isa(""),
@@ -39,6 +38,13 @@ def address(command: str, options: Options, roofs: Roofs) -> dict[str, Any]:
         "roofs": roofs.to_dict(),
         "rotation_bytes": options.rotation_bytes,
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _hardware(options: Options) -> str:

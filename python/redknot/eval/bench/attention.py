@@ -1,10 +1,13 @@
 """SegPagedAttention of one layer: prefill and decode; global, local (sink + window) and mixed rows.
 
 Useful FLOPs and bytes are those of visible keys alone. Every peer that computes the same is
-compared with our output before it is timed.
+compared with our output before it is timed; one that cannot do a case is named with its reason.
+On CUDA the plan is made beforehand, as an engine makes it once for all layers, and timed by itself.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -13,7 +16,7 @@ from redknot.eval.bench.options import Options
 from redknot.eval.bench.paged_inputs import Case, Paged, build
 from redknot.eval.bench.roofs import Roofs
 from redknot.eval.bench.rows import Row, measure_row
-from redknot.eval.bench.timing import rotating
+from redknot.eval.bench.timing import measure, rotating
 from redknot.eval.bench.vllm_cpu import vllm_peers
 from redknot.recovery import ModelShape
 
@@ -26,6 +29,8 @@ _MIN_COSINE = 0.999
 
 _FULL = {"prefill": (1024, 4096, 8192, 16384), "decode": (1024, 8192, 32768, 65536)}
 _QUICK = {"prefill": (2048,), "decode": (8192,)}
+# What keeps a GPU busy: there, `quick` is about a minute too.
+_QUICK_CUDA = {"prefill": (4096, 16384), "decode": (8192, 32768)}
 
 
 def run(options: Options, roofs: Roofs) -> list[Row]:
@@ -41,8 +46,9 @@ def cases(options: Options) -> list[tuple[str, Case]]:
     for name, shape in options.shapes(*default).items():
         key = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim)
         named.setdefault(key, ([], shape))[0].append(name)
-    contexts = _QUICK if options.quick else _FULL
-    batches = options.batches or ((1,) if options.quick else (1, 8, 32))
+    cuda = options.device == "cuda"
+    contexts = (_QUICK_CUDA if cuda else _QUICK) if options.quick else _FULL
+    batches = options.batches or (((1, 16) if cuda else (1,)) if options.quick else (1, 8, 32))
     found = []
     for names, shape in named.values():
         for kind in ("prefill", "decode"):
@@ -83,8 +89,14 @@ def _measure(name: str, case: Case, options: Options, roofs: Roofs) -> Row:
         peers.append(
             Peer("redknot, all global", Paged.attend, build(everything, options), to_tokens=None)
         )
+    missing = {}
     for peer in peers:
-        _check(peer, inputs[0])
+        reason = _check(peer, inputs[0])
+        if reason:
+            missing[peer.name] = reason
+            print(f"{case.kind} {case.heads} {_shape_text(case)}: no {peer.name}: {reason}",
+                  file=sys.stderr)  # fmt: skip
+    peers = [peer for peer in peers if peer.name not in missing]
     itemsize = options.torch_dtype.itemsize
     dense = Case(case.shape, case.kind, "global", case.lengths)
     return measure_row(
@@ -108,19 +120,35 @@ def _measure(name: str, case: Case, options: Options, roofs: Roofs) -> Row:
             "inputs_rotated": len(inputs),
             "all_global_bytes_ratio": dense.num_bytes(itemsize) / case.num_bytes(itemsize),
             "all_global_flops_ratio": dense.flops / case.flops,
+            "peers_missing": missing,
+            **_plan_time(inputs, options),
         },
     )
 
 
-def _check(peer: Peer, paged: Paged) -> None:
-    """Refuse to compare times of different results."""
+def _plan_time(inputs: list[Paged], options: Options) -> dict[str, float]:
+    """Time of the plan that `attend` was given, which is then not in the row's time."""
+    if inputs[0].plan is None:
+        return {}
+    timing = measure({"": rotating(Paged.make_plan, inputs)}, seconds=0.05, device=options.device)[
+        ""
+    ]
+    return {"plan_ms": 1e3 * timing.median}
+
+
+def _check(peer: Peer, paged: Paged) -> str:
+    """Why a peer cannot do the case, "" if it can; refuse to compare times of different results."""
     if peer.to_tokens is None:
-        return
-    ours, theirs = (x.float().flatten() for x in
-                    (paged.attend(), peer.to_tokens(peer.work(peer.inputs[0]))))  # fmt: skip
+        return ""
+    try:
+        theirs = peer.to_tokens(peer.work(peer.inputs[0])).float().flatten()
+    except (NotImplementedError, RuntimeError) as error:
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    ours = paged.attend().float().flatten()
     cosine = float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0))
     if not cosine > _MIN_COSINE:
         raise RuntimeError(
             f"{peer.name} and redknot differ (cosine {cosine:.5f}) on {paged.case.kind} "
             f"{paged.case.heads} {_shape_text(paged.case)}"
         )
+    return ""

@@ -1,4 +1,6 @@
-"""What attention is measured against: torch's SDPA in three forms, and FlexAttention.
+"""What attention is measured against: torch's SDPA in several forms, and FlexAttention.
+
+On CUDA, SDPA runs with each of its backends too; one that cannot do a case fails when it is called.
 
 A peer gets contiguous K and V, made beforehand, in the layout it likes best; it may see other keys
 than our rows only where its name says so.
@@ -7,13 +9,14 @@ than our rows only where its name says so.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from redknot.eval.bench.options import Options
 from redknot.eval.bench.paged_inputs import Case, Paged
@@ -21,6 +24,12 @@ from redknot.eval.bench.paged_inputs import Case, Paged
 __all__ = ["Peer", "peers_of"]
 
 _MAX_MASK_BYTES = 1 << 30
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,28 @@ class Peer:
     work: Callable[[Any], Any]
     inputs: list[Any]
     to_tokens: Callable[[Any], Tensor] | None
+
+
+def _with_backends(peer: Peer, case: Case, options: Options) -> list[Peer]:
+    """The peer as torch chooses, and on CUDA with each backend of SDPA."""
+    if options.device != "cuda":
+        return [peer]
+
+    def with_backend(name: str, backend: SDPBackend) -> Peer:
+        def work(tensors: Any) -> Any:
+            with sdpa_kernel(backend):
+                return peer.work(tensors)
+
+        return replace(peer, name=f"{peer.name}, {name}", work=work)
+
+    # The math backend writes all scores, in fp32.
+    tokens = 1 if case.kind == "decode" else max(case.lengths)
+    score_bytes = 4 * len(case.lengths) * case.shape.num_q_heads * tokens * max(case.lengths)
+    return [peer] + [
+        with_backend(name, backend)
+        for name, backend in _BACKENDS.items()
+        if backend is not SDPBackend.MATH or score_bytes <= _MAX_MASK_BYTES
+    ]
 
 
 def peers_of(case: Case, inputs: list[Paged], options: Options) -> list[Peer]:
@@ -59,7 +90,7 @@ def _prefill_peers(case: Case, inputs: list[Paged], options: Options) -> list[Pe
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     if case.heads == "global" and options.wants("sdpa"):
-        peers.append(Peer("SDPA causal", causal, dense, _from_bhsd))
+        peers += _with_backends(Peer("SDPA causal", causal, dense, _from_bhsd), case, options)
     mask_bytes = length * length * (1 + options.torch_dtype.itemsize)
     if case.heads != "global" and options.wants("masked") and mask_bytes <= _MAX_MASK_BYTES:
         peers.append(_masked_sdpa(case, dense, length))
@@ -87,8 +118,12 @@ def _local_mask(length: int, window: int, sink: int, device: torch.device) -> Te
 def _masked_sdpa(case: Case, dense: list[Any], length: int) -> Peer:
     """SDPA with a boolean mask for local heads; global heads, if any, in a causal call."""
     mask = _local_mask(length, case.window, case.sink, dense[0][0].device)
+    group = case.shape.group_size
     num_global = int(case.global_heads.sum())
-    first_q = num_global * case.shape.group_size
+    first_q = num_global * group
+    if dense[0][0].is_cuda:  # no backend there takes a mask and grouped heads but math
+        dense = [(q, *(x.repeat_interleave(group, 1) for x in kv)) for q, *kv in dense]
+        num_global = first_q
 
     def work(qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         q, k, v = qkv
@@ -115,7 +150,9 @@ def _flex(case: Case, dense: list[Any], length: int) -> Peer:
         return (j <= i) & ((j < sink) | (j > i - window))
 
     mask = create_block_mask(sees, None, None, length, length, device=str(dense[0][0].device))
-    compiled = torch.compile(flex_attention)
+    # Shapes and masks of other cases would count against dynamo's limit, beyond which it is eager.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def work(qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return compiled(*qkv, block_mask=mask, enable_gqa=True)
@@ -139,7 +176,8 @@ def _decode_peers(case: Case, inputs: list[Paged], options: Options) -> list[Pee
         def attend(calls: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
             return [F.scaled_dot_product_attention(q, k, v) for q, k, v in calls]
 
-        peers.append(Peer("folded SDPA", attend, folded, lambda outs: _unfold(outs, case, classes)))
+        peer = Peer("folded SDPA", attend, folded, lambda outs: _unfold(outs, case, classes))
+        peers += _with_backends(peer, case, options)
     equal = len(set(case.lengths)) == 1
     if case.heads == "global" and equal and options.wants("sdpa"):
         dense = []
@@ -152,7 +190,7 @@ def _decode_peers(case: Case, inputs: list[Paged], options: Options) -> list[Pee
         def plain(qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
             return F.scaled_dot_product_attention(*qkv, enable_gqa=True)
 
-        peers.append(Peer("SDPA", plain, dense, lambda out: out[:, :, 0]))
+        peers += _with_backends(Peer("SDPA", plain, dense, lambda out: out[:, :, 0]), case, options)
     return peers
 
 

@@ -146,6 +146,8 @@ class Options:
     @property
     def rotation_bytes(self) -> int:
         """Inputs of one case together: more than the cache, so that none is found there again."""
+        if self.device == "cuda":
+            return 4 * torch.cuda.get_device_properties().L2_cache_size
         most = _QUICK_ROTATION_BYTES if self.quick else _MAX_ROTATION_BYTES
         return min(cache_bytes() * 5 // 4, most)
 

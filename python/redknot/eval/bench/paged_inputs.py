@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -107,6 +107,19 @@ class Paged:
     q_positions: Tensor
     row_window: Tensor
     row_sink: Tensor
+    plan: Tensor | None = None
+
+    def make_plan(self) -> Tensor:
+        """The work list of this call."""
+        return ops.seg_paged_plan(
+            self.row_indptr,
+            self.cu_seqlens_q,
+            self.q_positions,
+            self.row_window,
+            self.row_sink,
+            self.case.shape.num_q_heads,
+            self.case.page_size,
+        )
 
     def attend(self) -> Tensor:
         """Output [num_tokens, num_q_heads, head_dim]."""
@@ -120,6 +133,7 @@ class Paged:
             self.q_positions,
             self.row_window,
             self.row_sink,
+            plan=self.plan,
         )
         return out
 
@@ -210,4 +224,6 @@ def build(case: Case, options: Options) -> list[Paged]:
                 ),
             )
         )
+    if device == "cuda":
+        inputs = [replace(paged, plan=paged.make_plan()) for paged in inputs]
     return inputs

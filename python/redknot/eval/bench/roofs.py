@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from redknot.eval.bench.options import Options
+from redknot.eval.bench.timing import seconds_per_call
 
 __all__ = ["Roofs", "measure_roofs"]
 
@@ -26,8 +27,8 @@ class Roofs:
         Multiply-accumulates of the dtype on registers alone, with the vector instructions of the
         instruction set in use. None where it was not measured (CUDA).
     gemm_tflops : float
-        torch's matrix product of the dtype, [1024, 4096] by [4096, 4096]: the library may own
-        matrix units that vector instructions do not reach.
+        torch's matrix product of the dtype, [1024, 4096] by [4096, 4096] (on CUDA two
+        of [8192, 8192]): the library may own matrix units that vector instructions do not reach.
     stream_gbps : float
         Reading memory beyond the cache (on CUDA: copying it, bytes read and written).
     """
@@ -66,33 +67,26 @@ class Roofs:
 def measure_roofs(options: Options) -> Roofs:
     """Measure the roofs of the options' device, dtype, instruction set and threads."""
     options.progress("roofs")
-    cuda = options.device == "cuda"
-    x = torch.ones(1024, 4096, dtype=options.torch_dtype, device=options.device)
-    w = torch.ones(4096, 4096, dtype=options.torch_dtype, device=options.device)
-    gemm = 2 * x.shape[0] * w.numel() / _best(lambda: x @ w.T, cuda) / 1e12
+    device = options.device
+    cuda = device == "cuda"
+    rows, size = (8192, 8192) if cuda else (1024, 4096)
+    # Zeros or ones would draw less power than numbers do, and clock higher.
+    x = torch.randn(rows, size, device=device).to(options.torch_dtype)
+    w = torch.randn(size, size, device=device).to(options.torch_dtype)
+    gemm = 2 * x.shape[0] * w.numel() / _best(lambda: x @ w.T, device) / 1e12
     num_bytes = _MAX_STREAM_BYTES if cuda else 2 * options.rotation_bytes
-    data = torch.ones(num_bytes // 4, device=options.device)
+    data = torch.ones(num_bytes // 4, device=device)
     if cuda:
         other = torch.empty_like(data)
-        seconds = _best(lambda: other.copy_(data), cuda)
+        seconds = _best(lambda: other.copy_(data), device)
         return Roofs(None, gemm, 2 * num_bytes / seconds / 1e9)
     probe = torch.ones(1, dtype=options.torch_dtype)
     flops = torch.ops.redknot._cpu_dot_roof(probe, _DOT_ROUNDS)
-    dot = _best(lambda: torch.ops.redknot._cpu_dot_roof(probe, _DOT_ROUNDS), cuda)
-    stream = _best(lambda: torch.ops.redknot._cpu_read_roof(data), cuda)
+    dot = _best(lambda: torch.ops.redknot._cpu_dot_roof(probe, _DOT_ROUNDS), device)
+    stream = _best(lambda: torch.ops.redknot._cpu_read_roof(data), device)
     return Roofs(flops / dot / 1e12, gemm, num_bytes / stream / 1e9)
 
 
-def _best(work: object, cuda: bool) -> float:
+def _best(work: Callable[[], object], device: str) -> float:
     """Shortest time of a call, in seconds: a roof is what the machine can do undisturbed."""
-    assert callable(work)
-    best = float("inf")
-    for _ in range(_SAMPLES):
-        if cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        if cuda:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
+    return min(seconds_per_call(work, 1, device) for _ in range(_SAMPLES))

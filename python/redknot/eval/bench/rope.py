@@ -36,7 +36,8 @@ def run(options: Options, roofs: Roofs) -> list[Row]:
         if (heads, dim) in seen:  # only they matter here
             continue
         seen.add((heads, dim))
-        for tokens in options.contexts or ((4096,) if options.quick else (1024, 8192, 65536)):
+        quick = 65536 if options.device == "cuda" else 4096  # the result, too, leaves the cache
+        for tokens in options.contexts or ((quick,) if options.quick else (1024, 8192, 65536)):
             rows += _measure(tokens, heads, dim, options, roofs)
     return rows
 
@@ -71,10 +72,11 @@ def _measure(tokens: int, heads: int, dim: int, options: Options, roofs: Roofs) 
     moved = rotating(lambda k: ops.rope_realign(k, _OFFSET, inv_freq), keys)
     rows = [measure_row(options, roofs, moved, peers, kind="rope", shape=shape, **common)]
     pages = tokens * heads // _PAGE_SIZE
-    if pages and device == "cpu":
+    if pages:
         refs = torch.zeros(pages, 4, dtype=torch.int32)
         refs[:, 0] = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
         refs[:, 2], refs[:, 3] = _PAGE_SIZE, _OFFSET
+        refs = refs.to(device)
         pools = [k.view(-1)[: pages * _PAGE_SIZE * dim].view(pages, _PAGE_SIZE, dim) for k in keys]
         in_pages = rotating(lambda pool: ops.rope_realign_pages(pool, refs, inv_freq), pools)
         rows.append(
