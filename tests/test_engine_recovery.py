@@ -22,6 +22,7 @@ from redknot.recovery import (
     RandomRows,
     RedKnot,
 )
+from redknot.recovery.span import span_begin
 
 pytestmark = pytest.mark.transformers
 
@@ -149,6 +150,35 @@ def test_equals_the_reference_recovery(name, policy):
 def test_live_span_equals_the_reference_wherever_global_heads_sit(classes, name, policy):
     policy, relaxations = POLICIES[policy]
     check(*make(*MODELS[name], classes=classes), policy, rules_of(classes, **relaxations))
+
+
+@pytest.mark.parametrize("ffn", [{}, {"ffn_mass": 0.5}], ids=["dense ffn", "sparse ffn"])
+@pytest.mark.parametrize("first_layer", [2, 4])
+def test_live_span_may_begin_behind_a_global_head(first_layer, ffn):
+    """Heads before the span keep the cached K/V of clean rows."""
+    options = {"first_layer": first_layer, **SPAN, **ffn}
+    classes = SPAN_MAPS["dense first layer"]
+    signal = {"ffn_signal": "foreign"} if ffn else {}
+    rules = rules_of(classes, policy="live_span", **options, **signal)
+    check(*make(*MODELS["llama"], classes=classes), LiveSpan(**options), rules)
+
+
+def test_the_span_begins_with_the_first_head_that_matters():
+    classes = [["global", "local"], ["global", "global"], ["local", "local"], ["global", "local"]]
+
+    def begin(kl):
+        metadata = None if kl is None else {"kv_head_kl": kl}
+        return span_begin(HeadMap(classes, window=WINDOW, sink=SINK, metadata=metadata))
+
+    assert begin(None) == 0
+    assert begin([[0.04, 0], [0.5, 0.0], [0, 0], [0.1, 0]]) == 1
+    assert begin([[0.05, 0], [0.5, 0.0], [0, 0], [0.1, 0]]) == 0
+    assert begin([[0.01, 0], [0.02, 0.0], [0, 0], [0.9, 0]]) == 3
+    assert begin([[0, 9.0], [0.1, 0.0], [9.0, 9.0], [0.2, 0]]) == 1  # local heads do not count
+    assert begin([[0.1, 0.5]]) == 0  # of another shape: not of this map
+    assert span_begin(HeadMap([["local"]], window=WINDOW, sink=SINK)) is None
+    with pytest.raises(InputError, match="first_layer 2 is not a layer with a global head"):
+        LiveSpan(first_layer=2).entry_layer(HeadMap(classes, window=WINDOW, sink=SINK))
 
 
 @pytest.mark.parametrize("prefix", [[], [9, 8, 7, 6]])

@@ -34,6 +34,7 @@ class Rules:
     row_fraction: float = 1.0  # live_span
     signal: str = "foreign"  # live_span
     edge_rows: int = 0  # live_span
+    first_layer: int | None = None  # live_span: not the first with a global head
     rows: list[int] | None = None  # live_span: instead of a pick, these and the edge
     keep: dict[int, Tensor] = field(default_factory=dict)  # rows whose FFN ran, by layer
     lived: dict[int, Tensor] = field(default_factory=dict)  # rows that attended, by layer
@@ -171,6 +172,8 @@ def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules)
 
     with_globals = [layer for layer in range(num_layers) if any(rules.is_global[layer])]
     begin, end = (with_globals[0], with_globals[-1]) if with_globals else (num_layers, -1)
+    if rules.first_layer is not None:
+        begin = rules.first_layer
     edge = first(max(rules.edge_rows, rules.boundary_rows))
     picked = moved  # what the pick left
     if rules.rows is not None:

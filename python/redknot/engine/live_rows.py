@@ -146,7 +146,10 @@ class LiveRows:
         return tuple(tensor[index] for tensor in of_rows)
 
     def _enter(self, rows: np.ndarray, hidden: Tensor) -> Tensor:
-        assert self.foreign is None
+        if self.foreign is not None:  # nothing yet for those that enter
+            positions = torch.cat([self.tensor(rows), self._query])
+            stay = torch.searchsorted(positions, self.positions)
+            self.foreign = self.foreign.new_zeros(len(positions)).index_copy(0, stay, self.foreign)
         before = self._set
         entering = np.setdiff1d(rows, before, assume_unique=True) if len(before) else rows
         stored = self._prompt.hidden_of(entering, hidden)

@@ -13,7 +13,7 @@ from redknot.heads import HeadMap
 from redknot.recovery.options import check_counts, check_shares, check_signals
 from redknot.recovery.plan import FfnRule, Pick, PromptLayout, RecoveryPlan, Signal
 from redknot.recovery.policy import Policy
-from redknot.recovery.span import SpanRows, span_entry_layer, span_plan
+from redknot.recovery.span import SpanRows, span_begin, span_entry_layer, span_plan
 
 __all__ = ["LiveSpan"]
 
@@ -50,6 +50,9 @@ class LiveSpan(Policy):
         them see the end of the document before.
     boundary_rows : int
         First rows of each moved document that live in every layer, with K/V replaced in all heads.
+    first_layer : int, optional
+        Where rows enter and are picked; default: the first layer with a global head that has at
+        least a tenth of the largest sensitivity, where the head map tells them.
     draw_seed : int
         Of the random signal.
     """
@@ -62,6 +65,7 @@ class LiveSpan(Policy):
     dense_until: int = 0
     edge_rows: int = 4
     boundary_rows: int = 0
+    first_layer: int | None = None
     draw_seed: int = 0
 
     name: ClassVar[str] = "live_span"
@@ -77,11 +81,12 @@ class LiveSpan(Policy):
             )
 
     def entry_layer(self, heads: HeadMap) -> int | None:
-        """First layer with a global head, unless no row enters there."""
-        return span_entry_layer(heads) if self.row_fraction or self.min_rows else None
+        """First layer of the span, unless no row enters there."""
+        begin = span_begin(heads, self.first_layer)
+        return span_entry_layer(heads, begin) if self.row_fraction or self.min_rows else None
 
     def plan(self, layout: PromptLayout, heads: HeadMap) -> RecoveryPlan:
-        """Rows between the first and the last layer with a global head; picked in the first."""
+        """Rows from the first layer that matters to the last global head; picked in the first."""
         rows = SpanRows.of(layout, self.boundary_rows, self.edge_rows)
         keep = max(math.ceil(self.row_fraction * len(rows.span)), self.min_rows)
         pick = None
@@ -96,11 +101,13 @@ class LiveSpan(Policy):
                 return None
             return FfnRule(self.ffn_mass, 1, forced, self.ffn_signal, self.draw_seed + layer)
 
+        begin = span_begin(heads, self.first_layer)
         return RecoveryPlan(
-            span_plan(heads, rows, pick=pick, ffn=ffn), reason=self._reason(heads, pick)
+            span_plan(heads, begin, rows, pick=pick, ffn=ffn),
+            reason=self._reason(heads, begin, pick),
         )
 
-    def _reason(self, heads: HeadMap, pick: Pick | None) -> str:
+    def _reason(self, heads: HeadMap, begin: int | None, pick: Pick | None) -> str:
         which = "every row of a moved document"
         if pick is not None:
             most = {
@@ -108,8 +115,7 @@ class LiveSpan(Policy):
                 "attention_norm": "with the largest output of these",
             }[self.signal]
             which = (
-                f"the {pick.keep} rows of the prompt {most}, by the global heads of layer "
-                f"{heads.first_global_layer}"
+                f"the {pick.keep} rows of the prompt {most}, by the global heads of layer {begin}"
             )
         return (
             f"the first {self.edge_rows} of the document; {which}; none behind layer "

@@ -1,4 +1,4 @@
-"""The live span: the layers between the first and the last global head, where rows matter."""
+"""The live span: the layers between the first and the last global head that matter for rows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from redknot.errors import InputError
 from redknot.heads import HeadMap
 from redknot.recovery.plan import FfnRule, LayerPlan, Pick, PromptLayout
 
-__all__ = ["SpanRows", "span_entry_layer", "span_plan"]
+__all__ = ["SpanRows", "span_begin", "span_entry_layer", "span_plan"]
+
+# A global head this many times less sensitive than the most sensitive one does not begin the span.
+_MATTERS = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,38 +46,59 @@ class SpanRows:
         return cls(boundary, edge, layout.moved_positions)
 
 
-def span_entry_layer(heads: HeadMap) -> int | None:
+def span_begin(heads: HeadMap, chosen: int | None = None) -> int | None:
+    """First layer of the span, `chosen` or the first one with a global head that matters.
+
+    By the sensitivities that `redknot profile` leaves in a map (`kv_head_kl`), a head matters that
+    has a tenth of the largest; without them every global head does. Rows picked by a head that
+    brings little are no better than random ones.
+    """
+    if chosen is not None:
+        if not 0 <= chosen < heads.num_layers or not heads.is_global[chosen].any():
+            raise InputError(f"first_layer {chosen} is not a layer with a global head")
+        return chosen
+    sensitivity = np.asarray(heads.metadata.get("kv_head_kl", np.nan), dtype=np.float64)
+    if sensitivity.shape != heads.is_global.shape or not np.isfinite(sensitivity).all():
+        return heads.first_global_layer
+    sensitivity = sensitivity.clip(min=0) * heads.is_global
+    matters = heads.is_global & (sensitivity >= _MATTERS * sensitivity.max(initial=0.0))
+    return int(matters.any(1).argmax()) if matters.any() else None
+
+
+def span_entry_layer(heads: HeadMap, begin: int | None) -> int | None:
     """Layer whose stored hidden states rows enter from; None for embeddings, or for no rows.
 
     What a global head brings into a clean row shows in the K and V of later global heads alone, so
     with one such layer, or none, no row enters.
     """
-    first = heads.first_global_layer
-    return first if first and first != heads.last_global_layer else None
+    return begin if begin and begin != heads.last_global_layer else None
 
 
 def span_plan(
     heads: HeadMap,
+    begin: int | None,
     rows: SpanRows,
     *,
     pick: Pick | None = None,
     ffn: Callable[[int], FfnRule | None] = lambda layer: None,
 ) -> tuple[LayerPlan, ...]:
-    """Plan that carries `rows.span` between the first and the last layer with a global head.
+    """Plan that carries `rows.span` from layer `begin` to the last layer with a global head.
 
-    In the first, clean rows have the K and V that are cached; those of global heads are replaced
-    in later layers, the last included, where the rows end before they attend.
+    In the first, and before it, clean rows have the K and V that are cached; those of global heads
+    are replaced in later layers, the last included, where the rows end before they attend.
 
     Parameters
     ----------
     heads : HeadMap
+    begin : int, optional
+        See `span_begin`; None without a global head.
     rows : SpanRows
     pick : Pick, optional
         Which rows are kept, in the span's first layer; the edge always is.
     ffn : callable
         The FFN's rule of a layer.
     """
-    first, last = heads.first_global_layer, heads.last_global_layer
+    first, last = begin, heads.last_global_layer
     if first is None or last is None:
         return (LayerPlan(rows.boundary, rows.boundary, rows.boundary),) * heads.num_layers
     layers = []
