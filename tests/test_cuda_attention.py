@@ -305,3 +305,10 @@ def test_small_what_has_no_kernel_is_refused_by_name() -> None:
     odd = torch.zeros(*good.k_cache.shape[:2], 65, dtype=torch.bfloat16, device=DEVICE)
     with raises("seg_paged_attention: k_cache must start at a multiple of 16 bytes"):
         ops.seg_paged_attention(*replace(moved(good), k_cache=odd[..., 1:]).args())
+
+
+def test_small_validate_finds_bad_values() -> None:
+    rows = moved(ragged(torch.bfloat16, 2, 64))
+    rows.page_refs[0, 0] = rows.k_cache.shape[0]
+    with raises("seg_paged_attention: page_refs[0] must name a page below num_pages"):
+        ops.seg_paged_attention(*rows.args(), validate=True)

@@ -373,6 +373,40 @@ def test_argument_errors(case: str) -> None:
         ops.seg_paged_attention(*bad.args())
 
 
+# Values of index tensors, which CUDA trusts unless it is told to look.
+VALUE_ERRORS = [
+    "row_indptr", "row_indptr_start", "row_indptr_order", "row_indptr_end", "cu_seqlens_end",
+    "q_order", "row_sink", "rows", "page", "valid", "overlap", "inv_freq",
+]  # fmt: skip
+
+
+def on_meta(rows: Rows) -> Rows:
+    """Tensors without values where only index tensors are looked at."""
+    return replace(rows, **{name: getattr(rows, name).to("meta") for name in
+                            ("q", "k_cache", "v_cache")})  # fmt: skip
+
+
+@pytest.mark.parametrize("case", VALUE_ERRORS)
+def test_validate_finds_bad_values_on_any_device(case: str) -> None:
+    changes, message = ERRORS[case]
+    rows = on_meta(ragged(torch.float32, 4, 32))
+    bad = replace(rows, **{name: change(getattr(rows, name)) for name, change in changes.items()})
+    ops.seg_paged_attention(*bad.args())  # nobody looked
+    for given in ({}, {"out": torch.empty_like(rows.q)}):
+        with raises("seg_paged_attention: " + message):
+            ops.seg_paged_attention(*bad.args(), validate=True, **given)
+
+
+def test_validate_changes_no_result() -> None:
+    rows = ragged(torch.float32, 4, 32)
+    expected, _ = ops.seg_paged_attention(*rows.args())
+    out, _ = ops.seg_paged_attention(*rows.args(), validate=True)
+    assert torch.equal(out, expected)
+    moved = replace(rows, page_refs=ERRORS["inv_freq"][0]["page_refs"](rows.page_refs))
+    inv_freq = 1e4 ** (-torch.arange(0, 32, 2) / 32)
+    ops.seg_paged_attention(*moved.args(), inv_freq=inv_freq, validate=True)
+
+
 @pytest.mark.parametrize("case", OPTION_ERRORS)
 def test_option_errors(case: str) -> None:
     options, message = OPTION_ERRORS[case]

@@ -144,6 +144,36 @@ void check_refs(const Arguments& args,
   }
 }
 
+// The checks of values that the CPU op always makes, for callers of ops that trust them.
+void check_paged_rows(const Tensor& row_indptr,
+                      const Tensor& page_refs,
+                      const Tensor& cu_seqlens_q,
+                      const Tensor& q_positions,
+                      const Tensor& row_window,
+                      const Tensor& row_sink,
+                      int64_t num_q_heads,
+                      int64_t num_pages,
+                      int64_t page_size,
+                      bool has_inv_freq) {
+  const Arguments args("seg_paged_attention");
+  args.tensor("page_refs", page_refs, ScalarType::Int, {"num_refs", 4});
+  args.contiguous("page_refs", page_refs);
+  const PlanInput rows = check_rows(args,
+                                    row_indptr,
+                                    cu_seqlens_q,
+                                    q_positions,
+                                    row_window,
+                                    row_sink,
+                                    page_refs.size(0),
+                                    num_q_heads,
+                                    page_size);
+  check_refs(args,
+             rows,
+             {.num_pages = num_pages, .page_size = page_size},
+             data<PageRef>(page_refs),
+             has_inv_freq);
+}
+
 void attend(const AttentionInputs& in, const Tensor& out, const Tensor* maybe_lse) {
   const Arguments args("seg_paged_attention");
   const PagePool pool = args.pool(in.k_cache, in.v_cache);
@@ -346,7 +376,10 @@ void add_ops(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
+STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) {
+  add_ops(m);
+  m.impl("_check_paged_rows", TORCH_BOX(&check_paged_rows));
+}
 #if !defined(REDKNOT_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
 #endif

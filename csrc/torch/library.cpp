@@ -20,6 +20,10 @@ STABLE_TORCH_LIBRARY(redknot, m) {
       "Tensor row_window, Tensor row_sink, int num_q_heads, int page_size, int num_workers) "
       "-> Tensor");
   m.def(
+      "_check_paged_rows(Tensor row_indptr, Tensor page_refs, Tensor cu_seqlens_q, "
+      "Tensor q_positions, Tensor row_window, Tensor row_sink, int num_q_heads, int num_pages, "
+      "int page_size, bool has_inv_freq) -> ()");
+  m.def(
       "write_pages(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) "
       "-> ()");
   m.def("copy_pages(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor copies) -> ()");

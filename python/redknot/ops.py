@@ -4,8 +4,9 @@ Everything here works on CPU tensors in float32, bfloat16 and float16, under ``t
 with fake tensors. With CUDA in the build, `seg_paged_attention` (bfloat16 and float16; head_dim 32,
 64, 128 or 256; pages of a multiple of 16 up to 256), `seg_paged_plan`, `write_pages`, `copy_pages`,
 `rope_realign`, `token_importance`, `select_tokens` and `merge_states` take CUDA tensors too; they
-never wait for the device, so the *values* of index tensors are trusted there. Wrong arguments raise
-``RuntimeError`` with a message that names the operator, the argument, the rule and what arrived.
+never wait for the device, so the *values* of index tensors are trusted there (`validate` of
+`seg_paged_attention` checks them). Wrong arguments raise ``RuntimeError`` with a message that names
+the operator, the argument, the rule and what arrived.
 Index tensors are int32 unless said. A *row* is one KV head of one sequence:
 ``row = seq * num_kv_heads + kv_head``.
 """
@@ -66,6 +67,7 @@ def seg_paged_attention(
     *,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    validate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ragged rows over their pages; prefill, extension and decode in one operator.
 
@@ -106,6 +108,10 @@ def seg_paged_attention(
         Whether to return the log-sum-exp of the scaled scores.
     out, lse : Tensor, optional
         Written to instead of new tensors; `lse` only beside `out`.
+    validate : bool
+        Check the values of index tensors on CUDA too, with the errors of the CPU: page numbers,
+        slots, order, positions. It waits for the device, so it is for debugging, and nothing that a
+        CUDA graph can capture.
 
     Returns
     -------
@@ -118,6 +124,11 @@ def seg_paged_attention(
     ----------
     SegPagedAttention of RedKnot, arXiv 2606.06256.
     """
+    if validate and q.dim() == k_cache.dim() == 3:
+        lists = (row_indptr, page_refs, cu_seqlens_q, q_positions, row_window, row_sink)
+        _ops._check_paged_rows(
+            *(x.cpu() for x in lists), q.shape[1], *k_cache.shape[:2], inv_freq is not None
+        )
     if out is None:
         if lse is not None:
             raise ValueError("seg_paged_attention: lse is given without out")

@@ -25,8 +25,8 @@ constexpr int kPrefillRows = 128;
 // 32 rows per warp halve that. With head_dim 256 the sums of 32 rows would not fit in registers, so
 // twice as many warps share them.
 //
-// A100 and H100 give a block 163 KiB of shared memory and more. GPUs of 8.6 and 8.9 give 99: too
-// little for prefill of 256, which the driver refuses there.
+// A100 and H100 give a block 163 KiB of shared memory and more. GPUs of 8.6, 8.9 and 12.0 give 99:
+// enough for every tile of 32 and 64 and for prefill of 128; the rest is refused there by name.
 template <int kHeadDim, bool kIsPrefill>
 struct TileShape {
   static_assert(kHeadDim == 32 || kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256);
