@@ -241,10 +241,11 @@ TEST(what_small_gpus_cannot_run_is_known) {
   const auto fits = [](int64_t head_dim, int64_t num_seqs, int64_t query_rows) {
     return shared_bytes(head_dim, num_seqs, query_rows) <= kSmallGpu;
   };
-  for (const int64_t head_dim : {32, 64}) CHECK(fits(head_dim, 2, 1000) && fits(head_dim, 1, 1));
-  // One sequence of many rows is prefilled alone; of two, either may decode.
-  CHECK(fits(128, 1, 1000) && !fits(128, 2, 1000) && !fits(128, 1, 1));
-  CHECK(!fits(256, 1, 1000) && !fits(256, 1, 1));
+  for (const int64_t head_dim : {32, 64, 128}) {
+    CHECK(fits(head_dim, 2, 1000) && fits(head_dim, 1, 1));
+  }
+  CHECK(fits(256, 1, 1) && !fits(256, 1, 1000));
+  CHECK(!fits(256, 2, 1000));  // of two sequences either may prefill
   for (const int64_t head_dim : {32, 64, 128, 256}) CHECK(shared_bytes(head_dim, 2, 1000) <= kA100);
 }
 
