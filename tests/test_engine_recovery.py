@@ -357,6 +357,7 @@ BAD_OPTIONS = [
     (CacheBlend, {"ratio": 0.0}), (CacheBlend, {"pick_layer": "first"}),
     (LiveSpan, {"row_fraction": 1.1}), (LiveSpan, {"signal": "random"}),
     (LiveSpan, {"edge_rows": -1}), (LiveSpan, {"ffn_signal": "all"}),
+    (LiveSpan, {"first_layer": -1}), (LiveSpan, {"first_layer": "auto"}),
     (RandomRows, {"row_fraction": -0.1}),
 ]  # fmt: skip
 

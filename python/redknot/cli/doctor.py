@@ -91,7 +91,7 @@ def _cpu() -> list[Finding]:
                 flags = set(value.split())
             if name.strip() == "model name":
                 model = value.strip()
-    seen = [isa for isa in ("avx2", "fma", "avx512f", "avx512_bf16") if isa in flags]
+    seen = [isa for isa in ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16") if isa in flags]
     value = f"{model}, {os.cpu_count()} cores, {' '.join(seen) or 'no AVX2'}"
     advice = "" if "avx2" in flags else "kernels run in their generic form, several times slower"
     return [Finding("cpu", "ok" if "avx2" in flags else "slow", value, advice)]

@@ -73,7 +73,8 @@ class LiveSpan(Policy):
     def __post_init__(self) -> None:
         check_shares(self, "row_fraction", zero=True)
         check_shares(self, "ffn_mass")
-        check_counts(self, "min_rows", "dense_until", "edge_rows", "boundary_rows", "draw_seed")
+        check_counts(self, "min_rows", "dense_until", "edge_rows", "boundary_rows", "first_layer")
+        check_counts(self, "draw_seed")
         check_signals(self, "ffn_signal")
         if self.signal not in ("foreign", "attention_norm"):
             raise InputError(

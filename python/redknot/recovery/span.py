@@ -55,7 +55,7 @@ def span_begin(heads: HeadMap, chosen: int | None = None) -> int | None:
     """
     if chosen is not None:
         if not 0 <= chosen < heads.num_layers or not heads.is_global[chosen].any():
-            raise InputError(f"first_layer {chosen} is not a layer with a global head")
+            raise InputError(f"LiveSpan: first_layer {chosen} is not a layer with a global head")
         return chosen
     sensitivity = np.asarray(heads.metadata.get("kv_head_kl", np.nan), dtype=np.float64)
     if sensitivity.shape != heads.is_global.shape or not np.isfinite(sensitivity).all():
