@@ -10,7 +10,7 @@ import torch
 from paged_case import Run, assert_close, paged_rows, raises
 from reference.attention import Rows, attention
 from test_cuda_ops import pytestmark  # noqa: F401  (the same conditions)
-from test_op_attention import REACH, ragged
+from test_op_attention import INTERLEAVED, REACH, ragged
 from torch import Tensor
 
 from redknot import ops
@@ -104,6 +104,26 @@ def test_small_segments_that_moved(head_dim: int, rotary_dim: int) -> None:
         dtype=torch.bfloat16,
     )
     check(rows, inv_freq=inv_freq)
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 40), (128, 128)])
+def test_small_interleaved_pairs_that_moved(head_dim: int, rotary_dim: int) -> None:
+    inv_freq = 10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
+    rows = paged_rows(
+        [INTERLEAVED] * 2,
+        [range(125, 145), [144]],
+        group=4,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+    )
+    check(rows, inv_freq=inv_freq, rope_interleaved=True)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 10.0, 500.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_soft_caps(dtype: torch.dtype, softcap: float) -> None:
+    check(ragged(dtype, 4, 64), softcap=softcap, softmax_scale=1.0)
+    check(ragged(dtype, 1, 128), softcap=softcap)
 
 
 def test_small_empty_rows_and_sequences() -> None:
@@ -299,8 +319,8 @@ def test_small_what_has_no_kernel_is_refused_by_name() -> None:
     refused("head_dim must be 32, 64, 128 or 256", rows_of(96, 16, torch.bfloat16))
     refused("page_size must be a multiple of 16", rows_of(64, 24, torch.bfloat16))
     good = rows_of(64, 16, torch.bfloat16)
-    refused("softcap is not supported on CUDA", good, softcap=30.0)
-    refused("softmax_scale must be finite and positive", good, softmax_scale=-1.0)
+    refused("softcap must be positive, or 0 for none, got -30", good, softcap=-30.0)
+    refused("softmax_scale must be positive on CUDA", good, softmax_scale=-1.0)
     refused("plan does not fit this call", good, plan=torch.zeros(9, dtype=torch.int32))
     odd = torch.zeros(*good.k_cache.shape[:2], 65, dtype=torch.bfloat16, device=DEVICE)
     with raises("seg_paged_attention: k_cache must start at a multiple of 16 bytes"):

@@ -64,6 +64,29 @@ def test_scores_that_rise_with_every_key(isa: str, dtype: torch.dtype) -> None:
         check(replace(rows, **{name: getattr(rows, name).to(dtype) for name in floats}))
 
 
+# Caps that bend every score, some scores, and hardly any; the products here reach 30.
+@pytest.mark.parametrize("softcap", [0.5, 10.0, 500.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", isas())
+def test_soft_caps(isa: str, dtype: torch.dtype, softcap: float) -> None:
+    with use_isa(isa):
+        check(ragged(dtype, 4, 64), softcap=softcap, softmax_scale=1.0)
+        check(ragged(dtype, 1, 40), softcap=softcap, softmax_scale=-0.5)
+
+
+INTERLEAVED = [(0, 10, 0), (10, 70, 10), (80, 45, -80), (125, 20, 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary_dim", [64, 40])
+def test_interleaved_pairs_that_moved(dtype: torch.dtype, rotary_dim: int) -> None:
+    inv_freq = 10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
+    rows = paged_rows(
+        [INTERLEAVED] * 2, [range(125, 145), [144]], group=4, head_dim=64, dtype=dtype
+    )
+    check(rows, inv_freq=inv_freq, rope_interleaved=True)
+
+
 @pytest.mark.parametrize("isa", isas())
 def test_longest_tiles_of_queries(isa: str) -> None:
     rows = paged_rows(
@@ -350,8 +373,8 @@ OPTION_ERRORS = {
                        "inv_freq must be float32 [rotary_dim / 2], got float64 [4]"),
     "inv_freq_size": ({"inv_freq": torch.ones(17)},
                       "inv_freq must have at most head_dim / 2 = 16 elements"),
-    "interleaved": ({"rope_interleaved": True}, "rope_interleaved=True is not supported yet"),
-    "softcap": ({"softcap": 30.0}, "softcap is not supported yet, got 30"),
+    "softcap": ({"softcap": -30.0}, "softcap must be positive, or 0 for none, got -30"),
+    "softcap_nan": ({"softcap": float("nan")}, "softcap must be positive, or 0 for none, got nan"),
     "scale": ({"softmax_scale": float("nan")}, "softmax_scale must be finite, got nan"),
     "plan": ({"plan": torch.zeros(9, dtype=torch.int32)},
              "plan does not fit this call: it is no work list of seg_paged_plan"),

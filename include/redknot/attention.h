@@ -11,7 +11,7 @@ namespace redknot {
 // page_refs[row_indptr[r] .. row_indptr[r + 1]), ordered by position, gaps allowed; the queries of
 // a sequence are tokens cu_seqlens_q[seq] .. cu_seqlens_q[seq + 1], positions ascending. What a
 // query sees is is_visible() of paged_kv.h. One online softmax per query, fp32, fixed summation
-// order.
+// order. A score is softmax_scale * (q . k), or with a softcap softcap * tanh(that / softcap).
 struct SegPagedAttentionParams {
   PagePool pool;                          // read only here
   const void* q = nullptr;                // [num_tokens, num_q_heads, head_dim]
@@ -37,6 +37,8 @@ struct SegPagedAttentionParams {
   int64_t out_token_stride = 0;
   int64_t out_head_stride = 0;
   float softmax_scale = 0.0f;
+  float softcap = 0.0f;           // 0: none
+  bool rope_interleaved = false;  // pairs (2 d, 2 d + 1) instead of (d, d + rotary_dim / 2)
 
   constexpr int64_t group_size() const { return num_q_heads / num_kv_heads; }
 };

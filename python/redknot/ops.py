@@ -95,13 +95,13 @@ def seg_paged_attention(
     row_window, row_sink : Tensor [num_rows]
         Reach of each row in tokens; a window of -1 means everything.
     inv_freq : Tensor [rotary_dim / 2], float32, optional
-        Rotary frequencies, needed only if some rotation offset is not 0. Half-split convention.
+        Rotary frequencies, needed only if some rotation offset is not 0.
     rope_interleaved : bool
-        Not supported yet.
+        Pairs are (2 d, 2 d + 1) instead of (d, d + rotary_dim / 2).
     softmax_scale : float, optional
-        ``head_dim ** -0.5`` by default.
+        ``head_dim ** -0.5`` by default; on CUDA it must be positive.
     softcap : float
-        Not supported yet; must be 0.
+        Scores become ``softcap * tanh(score / softcap)`` before the softmax; 0: no cap.
     plan : Tensor, optional
         A work list of `seg_paged_plan`; made on the fly by default.
     return_lse : bool

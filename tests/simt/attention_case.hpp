@@ -30,6 +30,8 @@ struct Case {
   std::vector<int32_t> sink = {0};
   int32_t rotary_dim = 0;  // 0: head_dim
   float scale = 0.0f;      // 0: head_dim ** -0.5
+  float softcap = 0.0f;
+  bool interleaved = false;
 };
 
 inline std::vector<int32_t> range(int32_t begin, int32_t end) {
@@ -101,8 +103,9 @@ class PagedAttention {
               unsigned num_blocks) {
     using Shape = TileShape<kHeadDim, kIsPrefill>;
     const size_t smem = sizeof(SharedMemory<T, kHeadDim, kIsPrefill>);
-    simt::launch({{num_blocks}, {Shape::kThreads}, smem, schedule},
-                 [&] { attend_kernel<T, kHeadDim, kIsPrefill>(params, shape); });
+    simt::launch({{num_blocks}, {Shape::kThreads}, smem, schedule}, [&] {
+      attend_kernel<T, kHeadDim, kIsPrefill>(params, shape, ScoreScale(params));
+    });
   }
 
   GpuPlanInput plan_input() {
@@ -151,6 +154,8 @@ class PagedAttention {
     params.q_token_stride = params.out_token_stride = num_q_heads_ * kHeadDim;
     params.q_head_stride = params.out_head_stride = kHeadDim;
     params.softmax_scale = scale();
+    params.softcap = case_.softcap;
+    params.rope_interleaved = case_.interleaved;
     return params;
   }
 
@@ -187,7 +192,9 @@ class PagedAttention {
         const int64_t position = int64_t{ref.first_position} + slot;
         if (!is_visible(position, positions_[token], window_[row], sink_[row])) continue;
         const T* k = pool_.data() + (int64_t{ref.page} * case_.page_size + slot) * 2 * kHeadDim;
-        scores.push_back(dot(q, k, ref.rotation_offset) * scale());
+        const double score = dot(q, k, ref.rotation_offset) * scale();
+        scores.push_back(case_.softcap > 0 ? case_.softcap * std::tanh(score / case_.softcap)
+                                           : score);
         values.push_back(k + kHeadDim);
       }
     }
@@ -212,9 +219,12 @@ class PagedAttention {
     for (int d = 0; d < kHeadDim; ++d) {
       double key = value_of(k[d]);
       if (offset != 0 && d < 2 * half) {
-        const double angle = static_cast<float>(offset) * inv_freq_[d % half];
-        const double other = value_of(k[d < half ? d + half : d - half]);
-        key = key * std::cos(angle) + (d < half ? -other : other) * std::sin(angle);
+        const bool is_first = case_.interleaved ? d % 2 == 0 : d < half;
+        const int apart = case_.interleaved ? 1 : half;
+        const double angle =
+            static_cast<float>(offset) * inv_freq_[case_.interleaved ? d / 2 : d % half];
+        const double other = value_of(k[is_first ? d + apart : d - apart]);
+        key = key * std::cos(angle) + (is_first ? -other : other) * std::sin(angle);
       }
       sum += value_of(q[d]) * key;
     }

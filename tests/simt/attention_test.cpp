@@ -86,6 +86,34 @@ TEST(segments_that_moved) {
   expect_right<BF16, 128>({.rows = {{{0, 20}, {20, 60, 100000}}}, .q_positions = {range(60, 80)}});
 }
 
+TEST(interleaved_pairs_that_moved) {
+  for (const int32_t rotary_dim : {64, 24}) {
+    expect_right<BF16, 64>({.rows = {{{0, 10}, {10, 70, 10}}, {{0, 4}, {60, 40, -33}}},
+                            .q_positions = {range(80, 90)},
+                            .group = 4,
+                            .window = {kGlobalWindow, 30},
+                            .sink = {0, 4},
+                            .rotary_dim = rotary_dim,
+                            .interleaved = true});
+  }
+  expect_right<__half, 128>({.rows = {{{0, 60, 17}}}, .q_positions = {{59}}, .interleaved = true});
+}
+
+// Caps that bend every score, and one that bends hardly any; products reach 50 here.
+TEST(soft_caps) {
+  for (const float softcap : {2.0f, 30.0f}) {
+    Case c = ragged(4, 16);
+    c.scale = 1.0f;
+    c.softcap = softcap;
+    expect_right<BF16, 64>(c);
+  }
+  for (const bool is_prefill : {false, true}) {
+    expect_right<__half, 256>({.rows = {{{0, 90, 5}}},
+                               .q_positions = {is_prefill ? range(60, 90) : range(89, 90)},
+                               .softcap = 1.0f});
+  }
+}
+
 TEST(rows_that_are_split) {
   PagedAttention<BF16, 64> decode(
       {.rows = {{{0, 2500}}, {{0, 1024}}}, .q_positions = {{2499}}, .group = 2, .page_size = 128});

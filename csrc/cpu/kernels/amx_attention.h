@@ -54,7 +54,11 @@ class AmxAttention {
         q_factor_(params.softmax_scale > 0.0f   ? 1.0f
                   : params.softmax_scale < 0.0f ? -1.0f
                                                 : 0.0f),
-        scale_(q_factor_ == 0.0f ? 1.0f : q_factor_ * params.softmax_scale * kLog2e),
+        cap_scale_(params.softcap > 0.0f ? q_factor_ * params.softmax_scale / params.softcap
+                                         : 0.0f),
+        scale_(q_factor_ == 0.0f       ? 1.0f
+               : params.softcap > 0.0f ? params.softcap * kLog2e
+                                       : q_factor_ * params.softmax_scale * kLog2e),
         num_panels_(lanes_of(queries.rows()) / kWidth),
         carver_(scratch),
         state_(queries, num_panels_ * kWidth, carver_) {
@@ -405,6 +409,11 @@ class AmxAttention {
     float* scores = scores_ + scored_ * kUnitKeys * kWidth;
     const int begin = unit * kUnitKeys;
     const int count = std::min(kUnitKeys, step.count - begin);
+    if (cap_scale_ != 0.0f) {
+      for (int i = 0; i < count * kWidth; i += kLanes) {
+        store(scores + i, tanh(load(scores + i) * cap_scale_));
+      }
+    }
     if (step.partial) {
       state_.mask<kVecs>(int64_t{step.panel} * kWidth, tile.positions + begin, count, scores);
     }
@@ -471,6 +480,7 @@ class AmxAttention {
   int64_t head_dim_;
   int64_t padded_;
   float q_factor_;
+  float cap_scale_;  // of a product inside tanh; 0: no cap
   float scale_;
   int64_t num_panels_;
   Carver carver_;

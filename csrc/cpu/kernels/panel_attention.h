@@ -27,7 +27,7 @@ class PanelAttention {
       : queries_(queries),
         head_dim_(params.pool.head_dim),
         depth_(head_dim_ / Mac::kPerWord),
-        scale_(params.softmax_scale * kLog2e),
+        scale_(params),
         num_panels_((queries.rows() + kPanelRows - 1) / kPanelRows) {
     const auto take = [&scratch](int64_t count) {
       float* begin = scratch;
@@ -159,8 +159,14 @@ class PanelAttention {
 
     const float* q = q_ + first * depth_;
     for_each_block(tile.count, [&](int64_t r, auto rows) {
-      score_block<Mac, rows(), Width>(tile.k + r, q, depth_, scale_, scores_ + r * Width * kLanes);
+      score_block<Mac, rows(), Width>(
+          tile.k + r, q, depth_, scale_.product, scores_ + r * Width * kLanes);
     });
+    if (scale_.capped != 0.0f) {
+      for (float* score = scores_; score < scores_ + tile.count * Width * kLanes; score += kLanes) {
+        store(score, scale_.score(load(score)));
+      }
+    }
     if (kind == TileClass::kPartial) mask<Width>(first, tile);
     Vec rescale[Width];
     softmax<Width>(first, tile.count, rescale);
@@ -224,7 +230,7 @@ class PanelAttention {
   const Queries<T>& queries_;
   int64_t head_dim_;
   int64_t depth_;  // words of a query row
-  float scale_;
+  ScoreScale scale_;
   int64_t num_panels_;
   bool ready_ = false;
   int32_t offset_ = 0;

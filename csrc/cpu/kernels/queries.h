@@ -4,11 +4,11 @@
 #include <algorithm>
 
 #include "../dispatch.h"
+#include "soft_cap.h"
 #include "vec.h"
 
 namespace redknot::cpu::REDKNOT_ISA {
 
-inline constexpr float kLog2e = 1.44269504088896341f;
 inline constexpr float kLn2 = 0.69314718055994531f;
 
 template <typename T>
@@ -58,11 +58,14 @@ class Queries {
     const int64_t half = params_.rotary_dim / 2;
     const float* cos = rotations_.cos + i * half;
     const float* sin = rotations_.sin + i * half;
+    const int64_t step = params_.rope_interleaved ? 2 : 1;
+    const int64_t apart = params_.rope_interleaved ? 1 : half;
     for (int64_t d = 0; d < half; ++d) {
-      const float low = x[d];
-      const float high = x[d + half];
-      x[d] = low * cos[d] + high * sin[d];
-      x[d + half] = high * cos[d] - low * sin[d];
+      float* pair = x + d * step;
+      const float low = pair[0];
+      const float high = pair[apart];
+      pair[0] = low * cos[d] + high * sin[d];
+      pair[apart] = high * cos[d] - low * sin[d];
     }
   }
 

@@ -57,7 +57,7 @@ class RowAttention {
         head_dim_(params.pool.head_dim),
         padded_((head_dim_ + kLanes - 1) / kLanes * kLanes),
         depth_(head_dim_ / Mac::kPerWord),
-        scale_(params.softmax_scale * kLog2e) {
+        scale_(params) {
     const auto take = [&scratch](int64_t count) {
       float* begin = scratch;
       scratch += (count + kLanes - 1) / kLanes * kLanes;
@@ -175,7 +175,7 @@ class RowAttention {
           sums[i] = Mac::mac(key, query, sums[i]);
         }
       }
-      store(scores_ + m * kTileKeys + first, transpose_add(sums) * scale_);
+      store(scores_ + m * kTileKeys + first, scale_.score(transpose_add(sums) * scale_.product));
     }
   }
 
@@ -254,7 +254,7 @@ class RowAttention {
   int64_t head_dim_;
   int64_t padded_;  // head_dim rounded up to whole vectors
   int64_t depth_;   // words of a query row
-  float scale_;
+  ScoreScale scale_;
   bool ready_ = false;
   int32_t offset_ = 0;
   float* q_;       // [rows, padded] words

@@ -29,6 +29,7 @@ struct Attend {
   static_assert(kIsPrefill || 2 * (sizeof(Shared) + 1024) <= 227 * 1024);
 
   const SegPagedAttentionParams& params;
+  const ScoreScale& scale;
   const int32_t group_size;
   Shared& shared;
 
@@ -65,6 +66,7 @@ struct Attend {
         {shared.queries},
         params.maybe_inv_freq,
         params.maybe_inv_freq == nullptr ? 0 : static_cast<int32_t>(params.rotary_dim),
+        params.rope_interleaved,
         rotation_offset);
   }
 
@@ -72,7 +74,6 @@ struct Attend {
     const int warp = threadIdx.x / kWarpSize;
     const int first_row = kIsPrefill ? warp * Shape::kRowTiles * kMmaRows : 0;
     const int first_key = kIsPrefill ? 0 : warp * Shape::kKeysPerWarp;
-    const float scale_log2 = params.softmax_scale * 1.4426950408889634f;
     const Matrix queries{shared.queries};
 
     // --- prologue: queries, the first blocks ---------------------------------------------------
@@ -117,7 +118,7 @@ struct Attend {
                       now,
                       shared.positions,
                       shared.reach,
-                      scale_log2,
+                      scale,
                       first_row,
                       first_key);
     }
@@ -138,10 +139,13 @@ struct Attend {
 template <typename T, int kHeadDim, bool kIsPrefill>
 __global__ void __launch_bounds__((TileShape<kHeadDim, kIsPrefill>::kThreads),
                                   (TileShape<kHeadDim, kIsPrefill>::kBlocksPerSm))
-    attend_kernel(SegPagedAttentionParams params, PlanShape plan) {
+    attend_kernel(SegPagedAttentionParams params, PlanShape plan, ScoreScale scale) {
   RK_DYNAMIC_SMEM(smem);
   const Attend<T, kHeadDim, kIsPrefill> attend{
-      params, plan.group_size, *reinterpret_cast<SharedMemory<T, kHeadDim, kIsPrefill>*>(smem)};
+      params,
+      scale,
+      plan.group_size,
+      *reinterpret_cast<SharedMemory<T, kHeadDim, kIsPrefill>*>(smem)};
   const auto& header = *reinterpret_cast<const GpuPlanHeader*>(params.plan);
   const auto* items = reinterpret_cast<const WorkItem*>(params.plan + plan.items);
   const int32_t begin = kIsPrefill ? 0 : header.num_prefill_items;

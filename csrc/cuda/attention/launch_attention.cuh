@@ -49,7 +49,7 @@ cudaError_t launch_attend(const SegPagedAttentionParams& params,
   if (status != cudaSuccess) return status;
   const auto grid = static_cast<uint32_t>(std::min<int64_t>(blocks, most_items));
   attend_kernel<T, kHeadDim, kIsPrefill>
-      <<<grid, Shape::kThreads, kSmemBytes, stream>>>(params, plan);
+      <<<grid, Shape::kThreads, kSmemBytes, stream>>>(params, plan, ScoreScale(params));
   return cudaGetLastError();
 }
 

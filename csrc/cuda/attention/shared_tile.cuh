@@ -75,6 +75,7 @@ __device__ void load_queries(const QueryRows<T>& rows,
                              const SharedMatrix<T, kHeadDim>& queries,
                              const float* inv_freq,
                              int32_t rotary_dim,
+                             bool is_interleaved,
                              int32_t offset) {
   constexpr int kVectors = kHeadDim / kVectorElements;
   using Access = Vector<T, kVectorElements>;
@@ -101,9 +102,11 @@ __device__ void load_queries(const QueryRows<T>& rows,
   if (first_row >= rows_at_once) return;
   for (int pair = thread % num_pairs; pair < num_pairs; pair += kThreads) {
     const Angles<1> angle(inv_freq + pair, -offset);
+    const int left = is_interleaved ? 2 * pair : pair;
+    const int right = is_interleaved ? left + 1 : left + num_pairs;
     for (int row = first_row; row < rows.num_rows; row += rows_at_once) {
-      T& first = queries.at(row, pair);
-      T& second = queries.at(row, pair + num_pairs);
+      T& first = queries.at(row, left);
+      T& second = queries.at(row, right);
       const float a = to_float(first), b = to_float(second);
       first = from_float<T>(a * angle.cosine[0] - b * angle.sine[0]);
       second = from_float<T>(b * angle.cosine[0] + a * angle.sine[0]);

@@ -2,17 +2,18 @@
 
 #include <cmath>
 
+#include "cuda/attention/score_scale.h"
 #include "cuda/attention/shared_tile.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/matrix.cuh"
 
 // One warp's part of the online softmax: 16 kRowTiles query rows against its keys of every block.
 //
-// Scores count in units of log2: s = q . k * softmax_scale * log2(e), the scale > 0. After a block,
-// for each row, maximum = max s, denominator = sum 2^(s - maximum), sums = sum 2^(s - maximum) v. A
-// lane holds what the C fragment of mma.m16n8k16 gives it (ptx/matrix.cuh): of rows lane / 4 and
-// lane / 4 + 8 of each row tile, two columns in eight. Its denominator is of its own columns alone
-// until the end.
+// Scores count in units of log2: s = q . k * softmax_scale * log2(e), the scale > 0, or with a soft
+// cap c, s = c * tanh(q . k * softmax_scale / c) * log2(e). After a block, for each row, maximum =
+// max s, denominator = sum 2^(s - maximum), sums = sum 2^(s - maximum) v. A lane holds what the C
+// fragment of mma.m16n8k16 gives it (ptx/matrix.cuh): of rows lane / 4 and lane / 4 + 8 of each row
+// tile, two columns in eight. Its denominator is of its own columns alone until the end.
 namespace redknot::gpu {
 
 template <typename T, int kHeadDim, bool kIsPrefill>
@@ -51,13 +52,14 @@ struct SoftmaxState {
                             const KeyBlock<Shape::kChunks>& block,
                             const int32_t* positions,
                             const Reach& reach,
-                            float scale_log2,
+                            const ScoreScale& scale,
                             int first_row,
                             int first_key) {
     float scores[kRowTiles][kKeyTiles][4];
     multiply_keys(queries, keys, first_row, first_key, scores);
+    if (scale.inside_tanh != 0.0f) cap(scale.inside_tanh, scores);
     if (block.is_partial) mask(block, positions + first_row, reach, first_key, scores);
-    exponentiate(scale_log2, scores);
+    exponentiate(scale.log2, scores);
     multiply_values(values, first_key, scores);
   }
 
@@ -104,6 +106,19 @@ struct SoftmaxState {
         for (int tile = 0; tile < kRowTiles; ++tile) {
           ptx::mma_16816<T>(scores[tile][key], a[tile], first);
           ptx::mma_16816<T>(scores[tile][key + 1], a[tile], second);
+        }
+      }
+    }
+  }
+
+  __device__ static void cap(float inside_tanh, Scores& scores) {
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+#pragma unroll
+      for (int key = 0; key < kKeyTiles; ++key) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          scores[tile][key][i] = ptx::tanh(scores[tile][key][i] * inside_tanh);
         }
       }
     }
