@@ -62,6 +62,51 @@ def test_generate_json(model_dir, documents, capsys):
     assert report["ledger"]["dense_flops"] > report["ledger"]["flops"] > 0
 
 
+def test_generate_uses_a_store(model_dir, documents, tmp_path, capsys):
+    url = f"lmdb://{tmp_path}/store?prefer=load"
+
+    def run(*more):
+        args = command(model_dir, documents, "--store", url, "--no-compare", "--repeats", "1",
+                       "--max-new-tokens", "3", *more)  # fmt: skip
+        assert main(args) == 0
+        return capsys.readouterr()
+
+    first = json.loads(run("--json").out)
+    assert [d["reason"].split(";")[1] for d in first["explain"]["documents"]] == [
+        " lmdb: not stored)"
+    ] * len(documents)
+    [tier] = first["store"]
+    stored = len(documents) + 1  # and the prefix
+    assert (tier["hits"], tier["misses"], tier["segments_written"]) == (0, stored, stored)
+
+    second = json.loads(run("--json").out)
+    assert second["token_ids"] == first["token_ids"]
+    assert all("(loaded from lmdb: " in d["reason"] for d in second["explain"]["documents"])
+    [tier] = second["store"]
+    assert (tier["hits"], tier["misses"], tier["segments_written"]) == (stored, 0, 0)
+    assert tier["bytes_read"] > 0 and second["first_ttft_seconds"] > 0
+    text = run().out
+    assert f"store lmdb: {stored} hits" in text and "first request: TTFT" in text
+
+    import lmdb
+
+    with lmdb.open(str(tmp_path / "store")) as env, env.begin(write=True) as txn:
+        beginning = b"m/" + first["explain"]["documents"][0]["id"].encode()
+        [manifest] = [key for key, _ in txn.cursor() if key.startswith(beginning)]
+        txn.put(manifest, b"damaged")
+    report = json.loads(run("--json").out)
+    assert report["token_ids"] == first["token_ids"]
+    assert report["store"][0]["failures"] == {"damaged": 1}
+    reasons = [d["reason"] for d in report["explain"]["documents"]]
+    assert ["lmdb: damaged" in reason for reason in reasons] == [True, False]
+
+
+def test_generate_refuses_a_bad_store(model_dir, documents, capsys):
+    assert main(command(model_dir, documents, "--store", "s3://bucket")) == 2
+    error = capsys.readouterr().err
+    assert "s3://bucket" in error and error.count("\n") == 1
+
+
 @pytest.mark.parametrize("policy", ["dense", "naive"])
 def test_policies(model_dir, documents, policy, capsys):
     args = command(model_dir, documents, "--json", "--policy", policy, "--no-compare",

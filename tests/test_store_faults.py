@@ -109,6 +109,60 @@ def test_damaged_files_cost_misses_and_no_process(tmp_path, kind, caplog):
         shutil.rmtree(folder)
 
 
+CUT_OFF = """
+import logging, os, sys
+from test_store_faults import SIZE, filled, make_segment, outcomes
+store = filled("lmdb://" + sys.argv[1], 12)
+assert outcomes(store, 12) == [True] * 12
+[tier] = store.tiers
+lines = []
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logging.getLogger("redknot").addHandler(handler)
+os.truncate(sys.argv[1] + "/data.mdb", int(float(sys.argv[2]) * tier.backend.used_bytes(5.0)))
+assert outcomes(store, 12) == [False] * 12
+assert (tier.counts.hits, tier.counts.misses, tier.counts.failures) == (12, 12, {"damaged": 12})
+assert len(lines) == 12 and all("damaged; counted as a miss" in line for line in lines)
+store.save(*make_segment(50, **SIZE)[:2])  # refused, not written into what is left
+assert store.flush(20) and "could not be written: damaged" in lines[-1]
+assert not isinstance(tier.backend.sizes("", 5.0), dict)
+store.close()
+"""
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.97])
+def test_a_file_that_is_cut_off_while_it_is_open_costs_misses(tmp_path, share):
+    python("-c", CUT_OFF, str(tmp_path / "store"), str(share))
+
+
+SHORT = """
+import os, random, sys
+import lmdb
+rng, keys = random.Random(0), []
+with lmdb.open(sys.argv[1], map_size=1 << 30) as env:
+    while os.stat(sys.argv[1] + "/data.mdb").st_size >= (env.info()["last_pgno"] + 1) * 4096:
+        with env.begin(write=True) as txn:
+            for _ in range(rng.randrange(1, 200)):
+                if keys and rng.random() < 0.55:
+                    txn.delete(keys.pop(rng.randrange(len(keys))))
+                else:
+                    keys.append(b"x/%d" % rng.randrange(10**9))
+                    txn.put(keys[-1], bytes(rng.choice([10, 500, 1500, 9000])))
+"""
+
+
+def test_a_file_whose_last_pages_were_never_written_is_whole(tmp_path):
+    """LMDB leaves out pages that a transaction took and gave back."""
+    url = f"lmdb://{tmp_path}/store"
+    filled(url, 4).close()
+    python("-c", SHORT, str(tmp_path / "store"))
+    store = TieredStore(open_tiers(url))
+    assert outcomes(store, 4) == [True] * 4
+    [tier] = store.tiers
+    assert (tmp_path / "store" / "data.mdb").stat().st_size >= tier.backend.used_bytes(5.0)
+    store.close()
+
+
 def test_two_processes_share_a_store(tmp_path):
     url = f"lmdb://{tmp_path}/store"
     mine = filled(url, 3)

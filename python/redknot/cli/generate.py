@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs per median (default 3)")
     parser.add_argument("--no-compare", action="store_true", help="leave the dense runs out")
     parser.add_argument("--kv-budget", help="bytes of the page pool, such as 8GiB")
+    parser.add_argument(
+        "--store",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="where cached documents are found and kept: mem:?capacity=4GiB, lmdb:///path, "
+        "redis://host:port/db (repeat for more, nearest first); default: nowhere",
+    )
     parser.add_argument("--page-size", type=int, default=64, help="tokens per page (default 64)")
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
@@ -63,8 +72,11 @@ def run(args: argparse.Namespace) -> int:
     from redknot.eval.measure import compare_with_dense
     from redknot.heads import HeadMap
     from redknot.models import load_config, load_model, load_tokenizer
+    from redknot.store import parse_url
 
-    # Whatever is wrong with the small files is said before the weights are read.
+    # Whatever is wrong with the small things is said before the weights are read.
+    for url in args.store:
+        parse_url(url)
     config = load_config(args.model)
     heads = HeadMap.from_json(args.head_map) if args.head_map else None
     if heads is not None:
@@ -80,31 +92,35 @@ def run(args: argparse.Namespace) -> int:
         page_size=args.page_size,
         chat=False if args.no_chat else None,
         behind_prefix=not args.alone,
+        store=args.store or "mem:",
     )
-    documents = []
-    total = len(texts) * engine.decoder.shape.num_layers
-    with progress_bar(total, "caching documents", "layer") as bar:
-        for path, text in zip(args.doc, texts, strict=True):
-            bar.set_postfix_str(Path(path).name)
-            documents.append(engine.add(text, progress=bar.update))
-    report = compare_with_dense(
-        engine,
-        documents,
-        args.question,
-        repeats=args.repeats,
-        compare=not args.no_compare,
-        max_new_tokens=args.max_new_tokens,
-        stop=args.stop,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
+    with engine:
+        documents = []
+        total = len(texts) * engine.decoder.shape.num_layers
+        with progress_bar(total, "caching documents", "layer") as bar:
+            for path, text in zip(args.doc, texts, strict=True):
+                bar.set_postfix_str(Path(path).name)
+                documents.append(engine.add(text, progress=bar.update))
+        report = compare_with_dense(
+            engine,
+            documents,
+            args.question,
+            repeats=args.repeats,
+            compare=not args.no_compare,
+            max_new_tokens=args.max_new_tokens,
+            stop=args.stop,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+        )
+        engine.flush()
+        tiers = [{"tier": tier.name, **asdict(tier.counts)} for tier in engine.store.tiers]
     names = dict(zip(documents, args.doc, strict=True))
     if args.json:
-        print_json(report.to_dict(names))
+        print_json({**report.to_dict(names), "store": tiers})
     else:
-        print(_text(report, names))
+        print(_text(report, names, tiers))
     return 0
 
 
@@ -161,7 +177,7 @@ def _read_text(path: str) -> str:
     return text
 
 
-def _text(report: Any, names: dict[str, str]) -> str:
+def _text(report: Any, names: dict[str, str], tiers: list[dict[str, Any]]) -> str:
     answer = report.answer
     ledger = answer.ledger
     rows = [
@@ -190,9 +206,20 @@ def _text(report: Any, names: dict[str, str]) -> str:
         f"KV held: {bytes_text(explanation.kv_bytes)} ({bytes_text(explanation.private_kv_bytes)} "
         "by this session alone)" + _dense_kv(report.dense_kv_bytes),
         "",
+        *(_tier_text(tier) for tier in tiers),
+        *([f"first request: TTFT {1e3 * report.first_ttft_seconds:.1f} ms", ""] if tiers else []),
         *(f"{names[d.id]}\n  {d}" for d in explanation.documents),
     ]
     return "\n".join(lines)
+
+
+def _tier_text(tier: dict[str, Any]) -> str:
+    failures = ", ".join(f"{count} {what}" for what, count in tier["failures"].items())
+    return (
+        f"store {tier['tier']}: {tier['hits']} hits ({bytes_text(tier['bytes_read'])} read), "
+        f"{tier['misses']} misses, {tier['segments_written']} segments written"
+        + (f"; failures: {failures}" if failures else "")
+    )
 
 
 def _dense_kv(count: int | None) -> str:

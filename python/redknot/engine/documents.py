@@ -113,6 +113,14 @@ class DocumentCache:
         self.token_ids(document)
         return any(key in self.store for key in self._keys[document].values())
 
+    def offline_seconds(self, document: str) -> float:
+        """Time that caching the document took; a missing one is computed."""
+        self.token_ids(document)
+        for key in self._keys[document].values():
+            if key in self.store:
+                return self.store.peek(key).offline_seconds
+        return self.find(document).segment.offline_seconds
+
     def is_stored(self, document: str, *, hidden_layer: int | None = None) -> bool:
         """Whether the document's segment lies in the page pool or in a tier below."""
         token_ids, layer = self.token_ids(document), self._choose_layer(document, hidden_layer)
@@ -261,7 +269,7 @@ class DocumentCache:
         if segment is not None:
             where = self.tiers.complete(segment, needed)
             if where == "":
-                return Found(segment, "cached", "found in memory")
+                return Found(segment, "cached", f"found in memory ({segment.origin})")
             if where is not None:
                 return Found(segment, "loaded", f"found in memory in part, {where}")
             self._discard(segment)
@@ -274,6 +282,9 @@ class DocumentCache:
             return Found(loaded[0], "loaded", loaded[1])
         context = self._context(context_ids, keep)
         segment = self._compute(key, context, context_ids, token_ids, keep, progress, hidden_layer)
+        origin = f"computed in {segment.offline_seconds:.2f} s"
+        origin += f"; {loaded.reason}" if loaded.reason else ""
+        segment = replace(segment, origin=origin)
         self.store.put(segment)
         self.tiers.save(segment)
         reason = "evicted to make room, computed anew" if evicted else "first use, computed now"

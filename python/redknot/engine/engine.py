@@ -200,8 +200,7 @@ class Engine:
     def offline_seconds(self, documents: Sequence[str]) -> float:
         """Time that caching these documents took, each counted once; missing ones are computed."""
         with self._lock:
-            found = (self.documents.find(document).segment for document in dict.fromkeys(documents))
-            return sum(segment.offline_seconds for segment in found)
+            return sum(self.documents.offline_seconds(d) for d in dict.fromkeys(documents))
 
     def clear(self) -> None:
         """Forget every document and give back its pages; the store's other tiers keep theirs."""

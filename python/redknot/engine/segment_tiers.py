@@ -115,7 +115,7 @@ class SegmentTiers:
             dtype = self._runner.decoder.dtype
             hidden = torch.from_numpy(loaded.hidden).view(dtype).view(outline.num_tokens, -1)
             hidden = hidden.to(self._runner.decoder.device)
-        seconds = loaded.done(time.perf_counter() - started)
+        where = _where_from(loaded, loaded.done(time.perf_counter() - started))
         segment = Segment(
             key=outline.key,
             handle=handle,
@@ -125,8 +125,9 @@ class SegmentTiers:
             offline_seconds=manifest.offline_seconds,
             hidden=hidden,
             hidden_layer=outline.hidden_layer,
+            origin=where,
         )
-        return segment, _where_from(loaded, seconds)
+        return segment, where
 
     def complete(self, segment: Segment, needed: NeededTokens | None) -> str | None:
         """Read what a request needs of a segment that was read in part.

@@ -27,12 +27,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An answer, and what it cost beside dense runs; `runs[0]` is the answer's own."""
+    """An answer, and what it cost beside dense runs; `runs[0]` is the answer's own.
+
+    `first_ttft_seconds` is of the first request, which is in no median: what had to be read from a
+    store or built lazily is in it.
+    """
 
     answer: Generation
     runs: tuple[Run, ...]
     offline_seconds: float
     dense_kv_bytes: int | None  # None: no dense run was asked for
+    first_ttft_seconds: float
 
     def ttft_ratio(self, run: Run) -> float:
         """How many times faster the answer's first token came than this run's."""
@@ -50,6 +55,7 @@ class Comparison:
             "finish_reason": answer.finish_reason,
             "prompt_tokens": len(answer.prompt_token_ids),
             "ttft_seconds": self.runs[0].ttft_seconds,
+            "first_ttft_seconds": self.first_ttft_seconds,
             "seconds_per_token": self.runs[0].seconds_per_token,
             "peak_bytes": self.runs[0].peak_bytes,
             "runs": [{**asdict(run), "ttft_ratio": self.ttft_ratio(run)} for run in self.runs],
@@ -79,6 +85,7 @@ def compare_with_dense(
     max_new_tokens = options["max_new_tokens"]
     own = engine.policy.name
     answer = engine.generate(documents, question, **options)  # warms up what is built lazily
+    first = answer.ttft_seconds
     kinds: dict[str, Callable[[], Any]] = {
         own: lambda: engine.generate(documents, question, **options)
     }
@@ -101,7 +108,7 @@ def compare_with_dense(
             if name == own:
                 answer = result
     runs = tuple(_medians(name, taken) for name, taken in measured.items())
-    return Comparison(answer, runs, engine.offline_seconds(documents), dense_kv_bytes)
+    return Comparison(answer, runs, engine.offline_seconds(documents), dense_kv_bytes, first)
 
 
 def _medians(name: str, runs: list[Run]) -> Run:

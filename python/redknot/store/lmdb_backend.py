@@ -2,15 +2,17 @@
 
 No writemap: a full disk is then an error of one transaction, not the end of the process. What a
 damaged file could do to a process that maps it (a signal) is found out by a process of its own,
-before the environment is opened.
+before the environment is opened; whether the file was cut off meanwhile, before every transaction.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,8 +45,12 @@ try:
     info, stat = env.info(), env.stat()
     needed = (info["last_pgno"] + 1) * stat["psize"]
     size = os.stat(os.path.join(path, "data.mdb")).st_size
-    if size < needed:
-        sys.exit(f"data.mdb has {size} bytes, but its pages need {needed}: it was truncated")
+    # Pages that a transaction took and gave back are not written, so the file's end may miss by
+    # right; whether anything that is in use misses is found out by touching all of it.
+    is_short = size < needed
+    if is_short:
+        message = f"data.mdb has {size} bytes, but its pages need {needed}: it was truncated"
+        print(message, file=sys.stderr, flush=True)
     with env.begin(buffers=True) as txn:
         found = txn.get(format_key)
         if found is None and stat["entries"]:
@@ -57,14 +63,87 @@ try:
             count += 1
             if bytes(key[:2]) == b"m/":
                 bytes(value)
+            elif is_short:
+                bytes(memoryview(value)[::4096])
         if count != stat["entries"]:
             sys.exit(f"it holds {count} entries instead of {stat['entries']}: it is damaged")
 except lmdb.Error as error:
     sys.exit(f"it cannot be read: {error}")
 """
 
+# How often, and how long apart, a file that seems cut off is looked at before it is given up: its
+# writer may be about to extend it.
+_LOOKS, _LOOK_SECONDS = 5, 0.01
+
 _open_lock = threading.Lock()
-_open: dict[str, tuple[Any, int]] = {}  # LMDB allows a file to be opened once per process
+_open: dict[str, _Environment] = {}  # LMDB allows a file to be opened once per process
+
+
+class _CutOffError(Exception):
+    """The file is shorter than what it holds: a look at the missing part would be a signal."""
+
+
+class _Environment:
+    """An open LMDB environment that notices when its file was cut off behind its back.
+
+    A file of LMDB never shrinks by itself, and writers here see to it that it is as long as its
+    first pages say. So one that is shorter was cut off; nothing of it is touched from then on.
+    """
+
+    def __init__(self, env: Any, folder: str) -> None:
+        self.env, self.users = env, 0
+        self.page_bytes: int = env.stat()["psize"]
+        self._data = os.path.join(folder, "data.mdb")
+        self._lock = threading.Lock()
+        self._least = 2 * self.page_bytes  # what the file surely had at some time
+        self._is_cut_off = False
+        self.extend()
+
+    def _needed(self) -> int:
+        """Bytes that the first two pages speak of."""
+        return int(self.env.info()["last_pgno"] + 1) * self.page_bytes
+
+    def begin(self, **options: Any) -> Any:
+        """Begin a transaction.
+
+        Raises
+        ------
+        _CutOffError
+            When the file was cut off, now or earlier.
+        """
+        with self._lock:
+            if not self._is_cut_off:
+                try:
+                    self._is_cut_off = not self._is_whole()
+                except FileNotFoundError:
+                    pass  # the directory is gone; what is mapped is not
+            if self._is_cut_off:
+                raise _CutOffError
+        return self.env.begin(**options)
+
+    def _is_whole(self) -> bool:
+        if os.stat(self._data).st_size < self._least:  # the first pages, too, may be gone
+            return False
+        for look in range(_LOOKS):
+            needed = self._needed()
+            size = os.stat(self._data).st_size
+            if size >= needed:
+                self._least = size
+                return True
+            if look + 1 < _LOOKS:
+                time.sleep(_LOOK_SECONDS)
+        return False
+
+    def extend(self) -> None:
+        """Make the file as long as its first pages say; a transaction may leave pages out."""
+        with contextlib.suppress(OSError):  # on a full disk it stays as it is
+            needed = self._needed()
+            if os.stat(self._data).st_size < needed:
+                fd = os.open(self._data, os.O_RDWR)
+                try:
+                    os.posix_fallocate(fd, needed - 1, 1)  # never makes it shorter
+                finally:
+                    os.close(fd)
 
 
 def _lmdb() -> Any:
@@ -132,13 +211,12 @@ class LmdbBackend:
         if not exists and not create:
             raise StoreError(f"there is no store at {path}")
         with _open_lock:
-            env, users = _open.get(self._path, (None, 0))
-            if env is None:
+            if self._path not in _open:
                 if exists and check:
                     _check(Path(self._path))
-                env = self._open_env(path, map_bytes)
-            _open[self._path] = (env, users + 1)
-        self._env = env
+                _open[self._path] = _Environment(self._open_env(path, map_bytes), self._path)
+            self._env = _open[self._path]
+            self._env.users += 1
         self._closed = False
 
     def _open_env(self, path: Path, map_bytes: int) -> Any:
@@ -156,6 +234,8 @@ class LmdbBackend:
             raise StoreError(f"the store {path} cannot be opened: {error}") from None
 
     def _status(self, error: Exception) -> Status:
+        if isinstance(error, _CutOffError):
+            return Status.CORRUPT
         # LMDB reports a write that ends early, as on a full disk, as an input/output error.
         text = str(error).lower()
         full = ("no space", "too large", "input/output")
@@ -174,7 +254,7 @@ class LmdbBackend:
         try:
             with self._env.begin(buffers=True) as txn:
                 return [read(txn, item) for item in items]
-        except (OSError, self._lmdb.Error) as error:
+        except (OSError, self._lmdb.Error, _CutOffError) as error:
             return [self._status(error)] * len(items)
 
     def get(self, keys: Sequence[str], timeout: float) -> list[bytes | Status]:
@@ -219,8 +299,9 @@ class LmdbBackend:
             with self._env.begin(write=True) as txn:
                 for item in items:
                     txn.put(item.key.encode(), item.data)
+            self._env.extend()
             return Status.OK
-        except (OSError, self._lmdb.Error) as error:
+        except (OSError, self._lmdb.Error, _CutOffError) as error:
             return self._status(error)
 
     def remove(self, keys: Sequence[str], timeout: float) -> list[Status]:
@@ -228,8 +309,9 @@ class LmdbBackend:
         try:
             with self._env.begin(write=True) as txn:
                 found = [txn.delete(key.encode()) for key in keys]
+            self._env.extend()
             return [Status.OK if there else Status.MISSING for there in found]
-        except (OSError, self._lmdb.Error) as error:
+        except (OSError, self._lmdb.Error, _CutOffError) as error:
             return [self._status(error)] * len(keys)
 
     def sizes(self, prefix: str, timeout: float) -> Mapping[str, int] | Status:
@@ -242,7 +324,7 @@ class LmdbBackend:
                 while more and bytes(cursor.key()).startswith(start):
                     found[bytes(cursor.key()).decode()] = len(cursor.value())
                     more = cursor.next()
-        except (OSError, self._lmdb.Error) as error:
+        except (OSError, self._lmdb.Error, _CutOffError) as error:
             return self._status(error)
         found.pop(_FORMAT_KEY.decode(), None)
         return found
@@ -250,8 +332,9 @@ class LmdbBackend:
     def used_bytes(self, timeout: float) -> int | Status:
         """Bytes of the file: pages that are free for reuse are among them."""
         try:
-            return (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
-        except (OSError, self._lmdb.Error) as error:
+            with self._env.begin():
+                return int(self._env.env.info()["last_pgno"] + 1) * self._env.page_bytes
+        except (OSError, self._lmdb.Error, _CutOffError) as error:
             return self._status(error)
 
     def close(self) -> None:
@@ -260,8 +343,6 @@ class LmdbBackend:
             return
         self._closed = True
         with _open_lock:
-            env, users = _open.pop(self._path)
-            if users > 1:
-                _open[self._path] = (env, users - 1)
-            else:
-                env.close()
+            self._env.users -= 1
+            if not self._env.users:
+                _open.pop(self._path).env.close()

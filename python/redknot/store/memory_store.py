@@ -52,6 +52,10 @@ class MemoryStore:
             self.stats.hits += 1
             return segment
 
+    def peek(self, key: str) -> Segment:
+        """Return the segment of `key`, which is there, as if nobody had asked for it."""
+        return self._segments[key]
+
     def put(self, segment: Segment) -> None:
         """Take over a segment and its pages."""
         with self._lock:

@@ -42,6 +42,8 @@ def scatter_segment(
     buffer: NDArray[np.uint8],
 ) -> None:
     """Put pages that were read into the pages of a segment; the page sizes may differ."""
+    if not len(selection):
+        return
     k_row, v_row, token = layout.rows(selection)
     slots = _index(pool, _slots(pool, handle, layout.shape.num_layers)[token])
     head_dim = pool.k_cache.shape[-1]

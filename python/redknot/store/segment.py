@@ -32,6 +32,8 @@ class Segment:
         in the model's dtype, on its device and outside the page pool.
     hidden_layer : int, optional
         Which layer's; None without hidden states. Declared in the key (`stored_parts`).
+    origin : str
+        How it came into the pool, in words.
     """
 
     key: str
@@ -42,3 +44,4 @@ class Segment:
     offline_seconds: float
     hidden: Tensor | None = field(default=None, repr=False, compare=False)
     hidden_layer: int | None = None
+    origin: str = field(default="", compare=False)

@@ -117,7 +117,7 @@ class Tier:
             future.cancel()
             return Status.TIMEOUT
 
-    def _answered(self, status: Status) -> Status:
+    def _answered(self, status: Status, *, count: bool = True) -> Status:
         """Take note of a call's outcome; a tier that does not answer is left alone for a while."""
         with self._lock:
             if status in (Status.TIMEOUT, Status.UNREACHABLE):
@@ -128,7 +128,7 @@ class Tier:
                 self._down_status = status
             elif status is Status.OK:
                 self._pause = 0.0
-            if status not in (Status.OK, Status.MISSING):
+            if count and status not in (Status.OK, Status.MISSING):
                 self.counts.fail(status)
         return status
 
@@ -144,10 +144,10 @@ class Tier:
 
     # --- reading ---------------------------------------------------------------------------------
 
-    def manifest(self, key: str) -> Manifest | Status:
+    def manifest(self, key: str, *, count_misses: bool = True) -> Manifest | Status:
         """Look up a segment; anything but a manifest is a counted miss."""
         if self.is_down():
-            self.counts.skipped_down += 1
+            self.counts.skipped_down += count_misses
             return self._down_status
         begin = time.perf_counter()
         answer = self.call(lambda timeout: self.backend.get([f"m/{key}"], timeout)[0])
@@ -167,8 +167,8 @@ class Tier:
                 self.remove_items([found.item_key, *found.object_keys])
                 found = Status.MISSING
         if isinstance(found, Status):
-            self._answered(found)
-            self.counts.misses += 1
+            self._answered(found, count=count_misses)
+            self.counts.misses += count_misses
         else:
             self._answered(Status.OK)
         return found

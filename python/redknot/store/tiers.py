@@ -173,13 +173,11 @@ class TieredStore:
         return self._load(key, expected, wanted, hidden, recompute_seconds)
 
     def contains(self, key: str, expected: Expected) -> bool:
-        """Whether a tier has the segment, as far as its manifest tells."""
+        """Whether a tier has the segment, as far as its manifest tells; no miss is counted."""
         for tier in self.tiers:
-            found = tier.manifest(key)
+            found = tier.manifest(key, count_misses=False)
             if isinstance(found, Manifest) and expected.matches(key, found):
                 return True
-            if isinstance(found, Status):
-                _report(tier, key, found)
         return False
 
     def prefetch(
