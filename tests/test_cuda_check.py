@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
-from cuda_report import Kernel, Rule, judge, parse_ptxas, parse_sass, readable, table
+from cuda_report import (
+    Kernel,
+    Rule,
+    judge,
+    nameless_complaints,
+    parse_ptxas,
+    parse_sass,
+    readable,
+    table,
+)
 
 PTXAS = """\
 [3/9] Building CUDA object csrc/cuda/CMakeFiles/redknot_cuda.dir/pages/move_rows.cu.o
@@ -59,6 +68,21 @@ def test_opcodes_are_counted_per_kernel_and_architecture() -> None:
     assert found["_Z4copyv", "90a"] == {"STL.64": 1}
 
 
+def test_what_ptxas_did_not_do_is_a_problem() -> None:
+    log = PTXAS + (
+        "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are "
+        "serialized due to insufficient register resources for the wgmma pipeline in the function "
+        "'_Z4copyv'\n"
+    )
+    kernels = parse_ptxas(log)
+    assert all(len(kernel.complaints) == 1 for kernel in kernels.values())
+    problems = judge(kernels.values(), (), [])
+    assert "_Z4copyv (sm_90a): wgmma.mma_async instructions are serialized" in problems
+    ignored = "ptxas info    : (C7508) Potential Performance Loss: 'setmaxnreg' ignored; unable to"
+    assert nameless_complaints(log) == []
+    assert nameless_complaints(f"{log}{ignored}\n{ignored}\n") == [ignored]
+
+
 def test_an_instruction_is_found_by_its_parts() -> None:
     kernel = Kernel("f", "80", opcodes=Counter({"LDG.E.128.CONSTANT": 2, "LDG.E": 3, "LDGSTS": 5}))
     assert [kernel.count(name) for name in ("LDG", "LDG.128", "LDG.64", "STG")] == [5, 2, 0, 0]
@@ -83,12 +107,16 @@ def test_a_sound_build_raises_no_problem() -> None:
 def test_every_kind_of_problem_is_named() -> None:
     spilling = kernel_of("80", STL=2)
     spilling.spill_stores, spilling.spill_loads = 8, 4
-    rules = [Rule("^copy<", ("LDG",), max_registers=31), Rule("^gone", ())]
+    rules = [
+        Rule("^copy<", ("LDG",), max_registers=31, forbidden=("STL", "HMMA")),
+        Rule("^gone", ()),
+    ]
     assert judge([spilling], ("80", "90a"), rules) == [
         "no kernel was compiled for sm_90a",
         "copy<uint4> (sm_80) spills 12 bytes of registers",
         "copy<uint4> (sm_80) accesses local memory: 2 instructions",
         "copy<uint4> (sm_80) has no LDG",
+        "copy<uint4> (sm_80) contains STL",
         "copy<uint4> (sm_80) uses 32 registers, its budget is 31",
         "no kernel matches ^gone",
     ]

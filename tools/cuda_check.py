@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cuda_report import Kernel, judge, parse_ptxas, parse_sass, readable, table
+from cuda_report import Kernel, judge, nameless_complaints, parse_ptxas, parse_sass, readable, table
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("80", "90a")
@@ -59,7 +59,8 @@ def tool(name: str) -> str:
 
 def build_ops(tree: Path, jobs: int) -> tuple[Path, str, list[str]]:
     """Compiles every kernel anew, so that ptxas speaks; ccache replays what it said."""
-    shutil.rmtree(tree / "csrc/cuda/CMakeFiles/redknot_cuda.dir", ignore_errors=True)
+    for objects in (tree / "csrc/cuda/CMakeFiles").glob("redknot_cuda*.dir"):
+        shutil.rmtree(objects)
     run(
         [
             *(tool("cmake"), "-S", str(ROOT), "-B", str(tree), "-G", "Ninja"),
@@ -98,7 +99,7 @@ def disassemble(library: Path, tree: Path) -> tuple[str, str]:
 def inspect_kernels(log: str, library: Path, tree: Path) -> list[str]:
     """Prints the table; returns what is wrong with the kernels."""
     kernels = parse_ptxas(log)
-    problems = []
+    problems = nameless_complaints(log)
     if library.exists():
         sass, ptx = disassemble(library, tree)
         for key, opcodes in parse_sass(sass).items():

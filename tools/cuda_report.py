@@ -7,7 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["RULES", "Kernel", "Rule", "judge", "parse_ptxas", "parse_sass", "table"]
+__all__ = [
+    "RULES",
+    "Kernel",
+    "Rule",
+    "judge",
+    "nameless_complaints",
+    "parse_ptxas",
+    "parse_sass",
+    "table",
+]
 
 
 @dataclass
@@ -21,6 +30,7 @@ class Kernel:
     stack: int = 0
     spill_stores: int = 0
     spill_loads: int = 0
+    complaints: list[str] = field(default_factory=list)
     opcodes: Counter[str] = field(default_factory=Counter)
 
     def count(self, instruction: str) -> int:
@@ -31,11 +41,12 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Rule:
-    """What kernels whose readable name matches `kernel` must contain, and may use at most."""
+    """What kernels whose readable name matches `kernel` must and must not contain, and may use."""
 
     kernel: str
     instructions: tuple[str, ...]
     max_registers: int = 255
+    forbidden: tuple[str, ...] = ()
 
 
 # What a kernel was written for, so that a refactoring cannot lose it silently. A rule that matches
@@ -64,6 +75,9 @@ RULES = (
 # Worth a column of the table where present.
 NOTABLE = ("LDG.128", "STG.128", "LDGSTS", "LDSM", "HMMA", "HGMMA", "UTMALDG", "UTMASTG")
 
+# What ptxas says of a kernel when it runs, but not as it was written.
+COMPLAINT = re.compile(r"(wgmma\.mma_async instructions are serialized).*?function '(\w+)'")
+
 KernelKey = tuple[str, str]
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
@@ -71,12 +85,15 @@ INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-
 def parse_ptxas(log: str) -> dict[KernelKey, Kernel]:
     """Kernels by (mangled name, arch) out of what `-Xptxas=-v` printed; other lines are ignored."""
     kernels: dict[KernelKey, Kernel] = {}
+    complaints: dict[str, set[str]] = {}
     current: Kernel | None = None
     in_properties = False
     for line in log.splitlines():
         if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
             current = Kernel(match[1], match[2])
             kernels[match[1], match[2]] = current
+        elif match := COMPLAINT.search(line):
+            complaints.setdefault(match[2], set()).add(match[1])
         elif match := re.search(r"Function properties for (\w+)", line):
             # Functions that a kernel calls have properties of their own; theirs are not its.
             in_properties = current is not None and match[1] == current.name
@@ -93,7 +110,15 @@ def parse_ptxas(log: str) -> dict[KernelKey, Kernel]:
             current.registers = int(match[1])
             shared = re.search(r"(\d+) bytes smem", line)
             current.shared = int(shared[1]) if shared else 0
+    for (name, _), kernel in kernels.items():
+        kernel.complaints = sorted(complaints.get(name, ()))
     return kernels
+
+
+def nameless_complaints(log: str) -> list[str]:
+    """What ptxas says without naming the kernel."""
+    ignored = [line.strip() for line in log.splitlines() if "'setmaxnreg' ignored" in line]
+    return sorted(set(ignored))
 
 
 def parse_sass(dump: str) -> dict[KernelKey, Counter[str]]:
@@ -133,6 +158,7 @@ def judge(
             problems.append(f"{where} spills {spilled} bytes of registers")
         if local := kernel.count("LDL") + kernel.count("STL"):
             problems.append(f"{where} accesses local memory: {local} instructions")
+        problems += [f"{where}: {complaint}" for complaint in kernel.complaints]
     for rule in rules:
         matching = [kernel for kernel in kernels if re.search(rule.kernel, kernel.name)]
         if not matching:
@@ -142,6 +168,12 @@ def judge(
             for kernel in matching
             for instruction in rule.instructions
             if not kernel.count(instruction)
+        ]
+        problems += [
+            f"{kernel.name} (sm_{kernel.arch}) contains {instruction}"
+            for kernel in matching
+            for instruction in rule.forbidden
+            if kernel.count(instruction)
         ]
         problems += [
             f"{kernel.name} (sm_{kernel.arch}) uses {kernel.registers} registers, "

@@ -19,6 +19,51 @@ struct PendingCopy {
   uint64_t group;
 };
 
+// --- sm_90
+// ----------------------------------------------------------------------------------------
+struct PendingProduct {
+  Product product;
+  uint32_t a[4];
+  uint64_t group;
+};
+
+// What a thread's d holds while products on it are under way.
+struct Accumulator {
+  float* d;
+  std::vector<float> value;
+  int num_products;
+};
+
+struct EngineCopy {
+  char* destination;
+  const char* source;  // null: a box of `map`
+  uint32_t bytes;
+  TensorMap map;
+  std::array<int32_t, 4> begin;
+  const void* barrier;
+};
+
+struct Fiber;
+
+struct PhaseBarrier {
+  uint32_t arrivals;  // of every phase
+  uint32_t missing;   // of this phase
+  int64_t bytes = 0;
+  uint64_t phase = 0;
+  std::vector<Fiber*> waiters;
+};
+
+struct NamedBarrier {
+  int threads = 0;
+  int arrived = 0;
+  std::vector<Fiber*> waiters;
+};
+
+struct WarpgroupWait {
+  int arrived = 0;
+  int pending = 0;
+};
+
 struct Fiber {
   enum class State { kReady, kWaiting, kDone };
 
@@ -31,6 +76,10 @@ struct Fiber {
   Where waits_at;
   uint64_t open_group = 0;  // copies issued now belong to this group
   std::vector<PendingCopy> copies;
+  uint64_t open_products = 0;  // the group of products issued now
+  bool is_fenced = false;
+  std::vector<PendingProduct> products;
+  std::vector<Accumulator> accumulators;
   void* tsan = nullptr;
 };
 
@@ -62,13 +111,32 @@ class Machine {
   void meet(const char* operation, uint32_t mask, void* argument, Complete, const Where&);
   void barrier(const Where& where);
   void yield();
+  // Takes the running fiber off until wake(): for loops that test a condition.
+  void block(const char* operation, const Where& where);
+  void wake(Fiber& fiber);
+  Fiber& fiber(size_t index) { return fibers_[index]; }
+  size_t num_fibers() const { return fibers_.size(); }
+  const Schedule& schedule() const { return schedule_; }
+  std::mt19937_64& random() { return random_; }
   void check_smem(const void* address, size_t num_bytes, size_t alignment, const Where&) const;
   unsigned char* smem() { return smem_.data() + smem_.size() - smem_bytes_; }
   // "block (0, 0, 0), thread (3, 0, 0): " for the start of a message.
   std::string here() const;
   [[noreturn]] void fault(void* address);
 
+  size_t smem_bytes() const { return smem_bytes_; }
+
   std::map<const char*, Region*> regions;  // by begin
+
+  // sm90.cpp
+  void start_block_sm90();
+  bool land_copy();
+  void end_block_sm90() const;
+  std::map<const void*, PhaseBarrier> phase_barriers;
+  std::array<NamedBarrier, 16> named_barriers;
+  std::vector<WarpgroupWait> warpgroup_waits;
+  std::vector<EngineCopy> engine_copies;
+  std::vector<unsigned char> async_view;  // shared memory as wgmma sees it
 
  private:
   void run_block();

@@ -17,6 +17,7 @@ namespace {
 
 // Shared memory that a block of an H100 can have at most.
 constexpr size_t kMaxSmemBytes = 227 << 10;
+constexpr uintptr_t kSmemAlignment = 1024;
 
 std::string name_of(const Where& where) {
   const std::string path = where.file_name();
@@ -89,10 +90,10 @@ void Machine::run(const Launch& launch, const std::function<void()>& kernel) {
   gridDim = launch.grid;
   smem_bytes_ = (launch.smem_bytes + 127) & ~size_t{127};
   if (smem_bytes_ > kMaxSmemBytes) throw Error("more shared memory than a block can have");
-  smem_.reserve(kMaxSmemBytes + 128);
-  // Ends at the end of the vector and begins at a multiple of 128 bytes.
+  smem_.reserve(kMaxSmemBytes + kSmemAlignment);
+  // Ends at the end of the vector and begins where RK_DYNAMIC_SMEM promises.
   const auto base = reinterpret_cast<uintptr_t>(smem_.data());
-  smem_.resize(((base + 127) & ~uintptr_t{127}) - base + smem_bytes_);
+  smem_.resize(((base + kSmemAlignment - 1) & ~(kSmemAlignment - 1)) - base + smem_bytes_);
   for (unsigned z = 0; z < launch.grid.z; ++z) {
     for (unsigned y = 0; y < launch.grid.y; ++y) {
       for (unsigned x = 0; x < launch.grid.x; ++x) {
@@ -119,6 +120,10 @@ void Machine::prepare_fibers() {
     fiber.open_group = 0;
     fiber.copies.clear();
     fiber.copies.reserve(256);
+    fiber.open_products = 0;
+    fiber.is_fenced = false;
+    fiber.products.clear();
+    fiber.accumulators.clear();
     char* end = stack_end(i);
     std::memset(end - kPoisonedStackBytes, 0xff, kPoisonedStackBytes);
     fiber.context.prepare(end, &fiber_main);
@@ -133,6 +138,7 @@ void Machine::prepare_fibers() {
 void Machine::run_block() {
   prepare_fibers();
   if (smem_bytes_ > 0) std::memset(smem(), 0xff, smem_bytes_);
+  start_block_sm90();
   num_done_ = 0;
   num_at_barrier_ = 0;
   last_warp_ = schedule_.order == Order::kDescending ? warps_.size() - 1 : 0;
@@ -146,6 +152,7 @@ void Machine::run_block() {
   }
   while (num_done_ < fibers_.size()) {
     Fiber* next = pick();
+    while (next == nullptr && land_copy()) next = pick();
     if (next == nullptr) report_deadlock();
     current_ = next;
     threadIdx = next->thread;
@@ -156,6 +163,7 @@ void Machine::run_block() {
     if (error_) std::rethrow_exception(error_);  // the other fibers are left where they are
   }
   tsan::acquire(&num_at_barrier_);
+  end_block_sm90();
 }
 
 // Runs on the fiber's own stack and never returns.
@@ -167,6 +175,9 @@ void Machine::fiber_main() {
     (*machine.kernel_)();
     if (!self.copies.empty()) {
       throw Error(machine.here() + "exits with copies that it has not waited for");
+    }
+    if (!self.products.empty()) {
+      throw Error(machine.here() + "exits with products that it has not waited for");
     }
   } catch (...) {
     machine.error_ = std::current_exception();
@@ -228,6 +239,15 @@ void Machine::wait(const char* operation, const Where& where) {
 }
 
 void Machine::yield() { wait("yield", Where::current()); }
+
+void Machine::block(const char* operation, const Where& where) {
+  Fiber& self = *current_;
+  self.state = Fiber::State::kWaiting;
+  warps_[self.warp].ready &= ~(1u << self.lane);
+  wait(operation, where);
+}
+
+void Machine::wake(Fiber& fiber) { make_ready(fiber.warp, 1u << fiber.lane); }
 
 // --- where threads meet
 // ---------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 // stacks, buffers), an asynchronous copy poisons its destination when issued and lands only at the
 // wait that needs it, warps interleave as a schedule says, and whatever the hardware leaves
 // undefined ends in an Error with file, line, block and thread.
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -82,6 +83,7 @@ void launch(const Launch& launch, const std::function<void()>& kernel);
 struct Counters {
   uint64_t switches = 0;
   uint64_t mmas = 0;
+  uint64_t wgmmas = 0;
 };
 inline Counters counters;
 
@@ -136,6 +138,51 @@ void mma_16816(
     float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half type, const Where& where);
 // Ends the launch unless a registered buffer holds the bytes.
 void check_global(const void* address, size_t num_bytes, const Where& where);
+
+// --- sm_90 (sm90.cpp) ---------------------------------------------------------------------------
+uint32_t shared_address(const void* smem);
+void init_barrier(void* barrier, uint32_t arrivals, const Where& where);
+// Announces the bytes of copies, then arrives.
+void arrive(void* barrier, uint32_t bytes, const Where& where);
+void wait_barrier(void* barrier, uint32_t parity, const Where& where);
+void named_barrier(int number, int threads, bool waits, const Where& where);
+// Until this, wgmma does not see what the thread wrote to shared memory.
+void fence_async_proxy();
+
+// Stands for CUtensorMap: 16-bit elements, boxes of 64 columns, 128-byte swizzle.
+struct TensorMap {
+  const char* base;
+  int rank;
+  uint64_t size[4];
+  uint64_t stride_bytes[4];
+  uint32_t box[4];
+};
+// Copies of the engine. Their destination is poisoned when they are issued, and they land when no
+// thread can run, in the order that the schedule says.
+void bulk_load(void* smem, const void* source, uint32_t bytes, void* barrier, const Where& where);
+void load_box(void* smem,
+              const TensorMap& map,
+              void* barrier,
+              const std::array<int32_t, 4>& begin,
+              int rank,
+              const Where& where);
+
+// d [64, n] (+)= a [64, 16] b [16, n] of a warpgroup. d is poisoned when the product is issued; it
+// is computed when all threads of the warpgroup wait for it.
+struct Product {
+  float* d;  // of this thread, n / 2
+  int n;
+  uint64_t a;               // a descriptor, or
+  const uint32_t* maybe_a;  // the thread's four registers
+  uint64_t b;
+  bool b_is_mn_major;
+  bool adds;
+  bool is_bfloat16;
+};
+void wgmma_fence();
+void wgmma(const Product& product, const Where& where);
+void wgmma_commit();
+void wgmma_wait(int pending, const Where& where);
 
 // --- collectives --------------------------------------------------------------------------------
 // All lanes of `mask` meet; the last one runs complete(arguments of the lanes, mask), then all go
