@@ -91,9 +91,10 @@ for kernel, name in zip(kernels.values(), names):
     kernel.name = readable(name)
 print(table(kernels.values()) if kernels else "no kernel was compiled by this call")
 PY
-tests=(tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_cuda_select.py)
+tests=(tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_cuda_select.py
+  tests/test_cuda_ffn.py)
 step 120 test "$python" -m pytest -m gpu -rs "${tests[@]}" --junitxml "$out/test.xml"
-for name in rope attention; do # each measures the roofs first
+for name in rope attention ffn; do # each measures the roofs first
   step 120 "bench-$name" \
     "$python" -m redknot.cli bench "$name" --device cuda --quick --json "$out/bench-$name.json"
 done

@@ -16,30 +16,33 @@ EPS = 1e-5
 class Ffn:
     """Weights and residual stream of one layer."""
 
-    def __init__(self, tokens: int, hidden: int, ffn: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, tokens: int, hidden: int, ffn: int, dtype: torch.dtype, device: str = "cpu"
+    ) -> None:
         rng = torch.Generator().manual_seed(0)
 
         def randn(*shape: int) -> Tensor:
-            return (torch.randn(*shape, generator=rng) * shape[-1] ** -0.5).to(dtype)
+            return (torch.randn(*shape, generator=rng) * shape[-1] ** -0.5).to(device, dtype)
 
-        self.residual = torch.randn(tokens, hidden, generator=rng).to(dtype)
-        self.norm = (1 + torch.randn(hidden, generator=rng) / 8).to(dtype)
+        self.residual = torch.randn(tokens, hidden, generator=rng).to(device, dtype)
+        self.norm = (1 + torch.randn(hidden, generator=rng) / 8).to(device, dtype)
         self.gate, self.up, self.down = randn(ffn, hidden), randn(ffn, hidden), randn(hidden, ffn)
 
-    def exact(self, dtype: torch.dtype) -> Tensor:
+    def exact(self, dtype: torch.dtype, activation: str = "silu") -> Tensor:
         x, *weights = (
             t.to(dtype) for t in (self.residual, self.norm, self.gate, self.up, self.down)
         )
-        return x + gated_ffn(x, weights[0], EPS, *weights[1:])
+        return x + gated_ffn(x, weights[0], EPS, *weights[1:], activation)
 
-    def run(self, rows: list[int], packed: bool = True) -> Tensor:
+    def run(self, rows: list[int], packed: bool = True, activation: str = "silu") -> Tensor:
         out = self.residual.clone()
         indices = torch.full((len(out),), -1, dtype=torch.int32)
         indices[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
-        count = torch.tensor([len(rows)], dtype=torch.int32)
+        indices = indices.to(out.device)
+        count = torch.tensor([len(rows)], dtype=torch.int32, device=out.device)
         gate = torch.cat([self.gate, self.up]) if packed else self.gate
         up = None if packed else self.up
-        ops.gathered_ffn(out, self.norm, EPS, gate, self.down, indices, count, w_up=up)
+        ops.gathered_ffn(out, self.norm, EPS, gate, self.down, indices, count, activation, w_up=up)
         return out
 
 
@@ -54,6 +57,19 @@ def test_selected_tokens(isa: str, dtype: torch.dtype, packed: bool) -> None:
     assert_close(out[rows], ffn.exact(torch.float64)[rows], ffn.exact(dtype)[rows])
     others = [t for t in range(40) if t not in rows]
     assert torch.equal(out[others], ffn.residual[others])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", isas())
+def test_gelu(isa: str, dtype: torch.dtype) -> None:
+    ffn = Ffn(20, 72, 100, dtype)
+    ffn.gate *= 4  # far enough out that the curve matters
+    rows = list(range(3, 17))
+    with use_isa(isa):
+        out = ffn.run(rows, activation="gelu_tanh")
+    exact = ffn.exact(torch.float64, "gelu_tanh")
+    assert_close(out[rows], exact[rows], ffn.exact(dtype, "gelu_tanh")[rows])
+    assert (out[rows] - ffn.run(rows)[rows]).abs().max() > 0.1  # not the default's
 
 
 @pytest.mark.parametrize("rows", [[], [7], list(range(40))])
@@ -159,7 +175,7 @@ def test_errors() -> None:
             "w_down": f.down, "indices": torch.tensor([1, 2]).int(),
             "count": torch.tensor([2]).int()}  # fmt: skip
     for change, message in [
-        ({"activation": "gelu"}, 'activation must be "silu", got "gelu"'),
+        ({"activation": "gelu"}, 'activation must be "silu" or "gelu_tanh", got "gelu"'),
         ({"residual": f.residual.long()}, "residual must be float32, bfloat16 or float16 "
          "[num_tokens, hidden_dim], got int64 [6, 16]"),
         ({"norm_weight": f.norm[1:]}, "norm_weight must be float32 (like residual) [hidden_dim = "

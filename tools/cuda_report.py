@@ -67,6 +67,9 @@ RULES = (
         ("HMMA", "LDSM", "LDGSTS"),
         max_registers=224,
     ),
+    # All of a multiprocessor's registers: a block each.
+    Rule(r"^row_gemm_kernel<\w+, ", ("HMMA", "LDSM", "LDGSTS")),
+    Rule(r"^gather_norm_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128", "STG.128")),
     Rule(r"^plan_kernel", (), max_registers=64),
     Rule(r"^token_importance_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128",)),
     Rule(r"^merge_states_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128", "STG.128")),

@@ -29,9 +29,9 @@ bool few_row_linear(const FewRowLinearParams& params, const Executor& executor) 
   return true;
 }
 
-void gated_silu(const GatedSiluParams& params, const Executor& executor) {
+void gated_activation(const GatedActivationParams& params, const Executor& executor) {
   executor.parallel_for(params.num_rows, grain(params.ffn_dim), [&](int64_t begin, int64_t end) {
-    kernels().gated_silu(params, begin, end);
+    kernels().gated_activation(params, begin, end);
   });
 }
 

@@ -6,6 +6,7 @@
 
 #include "cuda/attention/plan.h"
 #include "redknot/attention.h"
+#include "redknot/ffn.h"
 #include "redknot/merge.h"
 #include "redknot/pages.h"
 #include "redknot/rope.h"
@@ -27,6 +28,15 @@ int64_t select_tokens_workspace(int64_t num_tokens, int64_t num_seqs);
 [[nodiscard]] cudaError_t select_tokens(const SelectTokensParams& params,
                                         int32_t* workspace,
                                         cudaStream_t stream);
+// 16-bit elements; hidden_dim, ffn_dim and every stride are multiples of 8, pointers of 16 bytes.
+// `workspace` holds as many bytes as gathered_ffn_workspace says of the current device.
+[[nodiscard]] cudaError_t gathered_ffn_workspace(const GatheredFfnParams& params,
+                                                 int64_t* num_bytes);
+[[nodiscard]] cudaError_t gathered_ffn(const GatheredFfnParams& params,
+                                       void* workspace,
+                                       cudaStream_t stream);
+// params.indices is null.
+[[nodiscard]] cudaError_t rms_norm(const GatherNormParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t merge_states(const MergeStatesParams& params, cudaStream_t stream);
 
 // The plans of `num_layers` layers, one behind the other, GpuPlanLayout(input).num_words each; the

@@ -8,9 +8,87 @@
 
 #include "arguments.h"
 #include "executor.h"
+#include "ffn_params.h"
 #include "redknot/cpu.h"
 
 namespace redknot::binding {
+namespace {
+
+Activation activation_of(const Arguments& args, const std::string& name) {
+  args.check(name == "silu" || name == "gelu_tanh",
+             "activation must be \"silu\" or \"gelu_tanh\", got \"",
+             name,
+             "\"");
+  return name == "silu" ? Activation::kSilu : Activation::kGeluTanh;
+}
+
+}  // namespace
+
+GatheredFfnParams gathered_ffn_params(const Arguments& args,
+                                      const FfnTensors& in,
+                                      double eps,
+                                      const std::string& activation) {
+  GatheredFfnParams params;
+  params.activation = activation_of(args, activation);
+  params.dtype = args.floating("residual", in.residual, {"num_tokens", "hidden_dim"});
+  args.writable("residual", in.residual);
+  params.num_tokens = in.residual.size(0);
+  params.hidden_dim = in.residual.size(1);
+  const Dim hidden = {"hidden_dim", params.hidden_dim};
+  args.floating("norm_weight", in.norm_weight, {hidden}, "residual", params.dtype);
+  args.floating("w_down", in.w_down, {hidden, "ffn_dim"}, "residual", params.dtype);
+  params.ffn_dim = in.w_down.size(1);
+  params.gate_stride = in.w_gate_up.dim() == 2 ? in.w_gate_up.stride(0) : 0;
+  params.w_gate = in.w_gate_up.data_ptr();
+  if (in.w_up.has_value()) {
+    const Dim ffn = {"ffn_dim", params.ffn_dim};
+    args.floating("w_gate_up", in.w_gate_up, {ffn, hidden}, "residual", params.dtype);
+    args.floating("w_up", *in.w_up, {ffn, hidden}, "residual", params.dtype);
+    params.w_up = in.w_up->data_ptr();
+    params.up_stride = in.w_up->stride(0);
+  } else {
+    const Dim both = {"2 * ffn_dim", 2 * params.ffn_dim};
+    args.floating("w_gate_up", in.w_gate_up, {both, hidden}, "residual", params.dtype);
+    params.up_stride = params.gate_stride;
+    params.w_up = static_cast<const char*>(params.w_gate) +
+                  params.ffn_dim * params.gate_stride * size_of(params.dtype);
+  }
+  args.tensor("indices", in.indices, ScalarType::Int, {"max_rows"});
+  args.contiguous("indices", in.indices);
+  args.tensor("count", in.count, ScalarType::Int, {1});
+  params.residual = in.residual.data_ptr();
+  params.norm_weight = in.norm_weight.data_ptr();
+  params.w_down = in.w_down.data_ptr();
+  params.indices = data<int32_t>(in.indices);
+  params.count = data<int32_t>(in.count);
+  params.max_rows = in.indices.size(0);
+  params.residual_stride = in.residual.stride(0);
+  params.down_stride = in.w_down.stride(0);
+  params.eps = static_cast<float>(eps);
+  return params;
+}
+
+RmsNormCall rms_norm_call(const Arguments& args,
+                          const Tensor& x,
+                          const Tensor& weight,
+                          double eps) {
+  const DType dtype = args.floating("x", x, {"num_rows", "hidden_dim"});
+  args.floating("weight", weight, {{"hidden_dim", x.size(1)}}, "x", dtype);
+  const Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  const GatherNormParams params = {
+      .residual = x.data_ptr(),
+      .weight = weight.data_ptr(),
+      .indices = nullptr,
+      .out = out.data_ptr(),
+      .num_rows = x.size(0),
+      .hidden_dim = x.size(1),
+      .residual_stride = x.stride(0),
+      .eps = static_cast<float>(eps),
+      .dtype = dtype,
+  };
+  return {params, out};
+}
+
 namespace {
 
 // Rows per pass at most: enough for the GEMMs to run at full speed, few enough that the workspace
@@ -25,18 +103,12 @@ int64_t rows_per_chunk(int64_t num_rows) {
   return std::max<int64_t>((rows + 15) / 16 * 16, 16);
 }
 
-struct FfnShape {
-  int64_t hidden_dim;
-  int64_t ffn_dim;
-  DType dtype;
-};
-
 Tensor rows_like(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(like, {rows, columns});
 }
 
 // x [rows, k] times w [n, k] transposed, as torch.nn.Linear does.
-Tensor linear(const FfnShape& shape, const Tensor& x, const Tensor& w) {
+Tensor linear(DType dtype, const Tensor& x, const Tensor& w) {
   const Tensor out = rows_like(x, x.size(0), w.size(0));
   const bool done = cpu::few_row_linear(
       {
@@ -48,64 +120,86 @@ Tensor linear(const FfnShape& shape, const Tensor& x, const Tensor& w) {
           .out_dim = w.size(0),
           .w_stride = w.stride(0),
           .out_stride = out.stride(0),
-          .dtype = shape.dtype,
+          .dtype = dtype,
       },
       torch_executor());
   if (done) return out;
   return torch::stable::matmul(x, torch::stable::transpose(w, 0, 1));
 }
 
-void ffn_chunk(const FfnShape& shape,
-               const Tensor& residual,
-               const Tensor& norm_weight,
-               double eps,
-               const Tensor& w_gate,
-               const std::optional<Tensor>& w_up,
-               const Tensor& w_down,
+// Rows of `call` that indices[0, rows) name.
+void ffn_chunk(const GatheredFfnParams& call,
+               const FfnTensors& in,
                const int32_t* indices,
                int64_t rows) {
   const Executor executor = torch_executor();
-  const Tensor normed = rows_like(residual, rows, shape.hidden_dim);
+  const Tensor normed = rows_like(in.residual, rows, call.hidden_dim);
   cpu::gather_norm(
       {
-          .residual = residual.data_ptr(),
-          .weight = norm_weight.data_ptr(),
+          .residual = call.residual,
+          .weight = call.norm_weight,
           .indices = indices,
           .out = normed.data_ptr(),
           .num_rows = rows,
-          .hidden_dim = shape.hidden_dim,
-          .residual_stride = residual.stride(0),
-          .eps = static_cast<float>(eps),
-          .dtype = shape.dtype,
+          .hidden_dim = call.hidden_dim,
+          .residual_stride = call.residual_stride,
+          .eps = call.eps,
+          .dtype = call.dtype,
       },
       executor);
-  const Tensor gate = linear(shape, normed, w_gate);  // with up behind it in each row when packed
-  const Tensor up = w_up.has_value() ? linear(shape, normed, *w_up) : gate;
-  const int64_t up_offset = w_up.has_value() ? 0 : shape.ffn_dim * size_of(shape.dtype);
-  const Tensor activated = rows_like(residual, rows, shape.ffn_dim);
-  cpu::gated_silu(
+  // With up behind the gate in each row when packed.
+  const Tensor gate = linear(call.dtype, normed, in.w_gate_up);
+  const Tensor up = in.w_up.has_value() ? linear(call.dtype, normed, *in.w_up) : gate;
+  const int64_t up_offset = in.w_up.has_value() ? 0 : call.ffn_dim * size_of(call.dtype);
+  const Tensor activated = rows_like(in.residual, rows, call.ffn_dim);
+  cpu::gated_activation(
       {
           .gate = gate.data_ptr(),
           .up = static_cast<const char*>(up.data_ptr()) + up_offset,
           .out = activated.data_ptr(),
           .num_rows = rows,
-          .ffn_dim = shape.ffn_dim,
+          .ffn_dim = call.ffn_dim,
           .in_stride = gate.stride(0),
-          .dtype = shape.dtype,
+          .activation = call.activation,
+          .dtype = call.dtype,
       },
       executor);
-  const Tensor z = linear(shape, activated, w_down);
+  const Tensor z = linear(call.dtype, activated, in.w_down);
   cpu::scatter_add(
       {
           .z = z.data_ptr(),
-          .residual = residual.data_ptr(),
+          .residual = call.residual,
           .indices = indices,
           .num_rows = rows,
-          .hidden_dim = shape.hidden_dim,
-          .residual_stride = residual.stride(0),
-          .dtype = shape.dtype,
+          .hidden_dim = call.hidden_dim,
+          .residual_stride = call.residual_stride,
+          .dtype = call.dtype,
       },
       executor);
+}
+
+// The count, once it and the indices it spans are known to be rows of the residual.
+int64_t checked_count(const Arguments& args, const GatheredFfnParams& call) {
+  const int64_t num_rows = *call.count;
+  args.check(num_rows >= 0 && num_rows <= call.max_rows,
+             "count must be within indices, got ",
+             num_rows,
+             " of ",
+             call.max_rows);
+  std::vector<bool> seen(call.num_tokens);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const int32_t row = call.indices[i];
+    args.check(row >= 0 && row < call.num_tokens,
+               "indices must be below num_tokens = ",
+               call.num_tokens,
+               ", got ",
+               row,
+               " at ",
+               i);
+    args.check(!seen[row], "indices must be unique, got ", row, " again at ", i);
+    seen[row] = true;
+  }
+  return num_rows;
 }
 
 void gathered_ffn(const Tensor& residual,
@@ -118,83 +212,19 @@ void gathered_ffn(const Tensor& residual,
                   std::string activation,
                   std::optional<Tensor> w_up) {
   const Arguments args("gathered_ffn");
-  args.check(activation == "silu", "activation must be \"silu\", got \"", activation, "\"");
-  FfnShape shape{};
-  shape.dtype = args.floating("residual", residual, {"num_tokens", "hidden_dim"});
-  args.writable("residual", residual);
-  const int64_t num_tokens = residual.size(0);
-  shape.hidden_dim = residual.size(1);
-  const Dim hidden = {"hidden_dim", shape.hidden_dim};
-  args.floating("norm_weight", norm_weight, {hidden}, "residual", shape.dtype);
-  args.floating("w_down", w_down, {hidden, "ffn_dim"}, "residual", shape.dtype);
-  shape.ffn_dim = w_down.size(1);
-  if (w_up.has_value()) {
-    const Dim ffn = {"ffn_dim", shape.ffn_dim};
-    args.floating("w_gate_up", w_gate_up, {ffn, hidden}, "residual", shape.dtype);
-    args.floating("w_up", *w_up, {ffn, hidden}, "residual", shape.dtype);
-  } else {
-    args.floating("w_gate_up",
-                  w_gate_up,
-                  {{"2 * ffn_dim", 2 * shape.ffn_dim}, hidden},
-                  "residual",
-                  shape.dtype);
-  }
-  args.tensor("indices", indices, ScalarType::Int, {"max_rows"});
-  args.contiguous("indices", indices);
-  args.tensor("count", count, ScalarType::Int, {1});
-
-  const int64_t num_rows = *data<int32_t>(count);
-  args.check(num_rows >= 0 && num_rows <= indices.size(0),
-             "count must be within indices, got ",
-             num_rows,
-             " of ",
-             indices.size(0));
-  const auto* rows = data<int32_t>(indices);
-  std::vector<bool> seen(num_tokens);
-  for (int64_t i = 0; i < num_rows; ++i) {
-    args.check(rows[i] >= 0 && rows[i] < num_tokens,
-               "indices must be below num_tokens = ",
-               num_tokens,
-               ", got ",
-               rows[i],
-               " at ",
-               i);
-    args.check(!seen[rows[i]], "indices must be unique, got ", rows[i], " again at ", i);
-    seen[rows[i]] = true;
-  }
+  const FfnTensors in{residual, norm_weight, w_gate_up, w_up, w_down, indices, count};
+  const GatheredFfnParams call = gathered_ffn_params(args, in, eps, activation);
+  const int64_t num_rows = checked_count(args, call);
   const int64_t chunk_rows = rows_per_chunk(num_rows);
   for (int64_t begin = 0; begin < num_rows; begin += chunk_rows) {
-    ffn_chunk(shape,
-              residual,
-              norm_weight,
-              eps,
-              w_gate_up,
-              w_up,
-              w_down,
-              rows + begin,
-              std::min(chunk_rows, num_rows - begin));
+    ffn_chunk(call, in, call.indices + begin, std::min(chunk_rows, num_rows - begin));
   }
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  const Arguments args("rms_norm");
-  const DType dtype = args.floating("x", x, {"num_rows", "hidden_dim"});
-  args.floating("weight", weight, {{"hidden_dim", x.size(1)}}, "x", dtype);
-  const Tensor out = rows_like(x, x.size(0), x.size(1));
-  cpu::gather_norm(
-      {
-          .residual = x.data_ptr(),
-          .weight = weight.data_ptr(),
-          .indices = nullptr,
-          .out = out.data_ptr(),
-          .num_rows = x.size(0),
-          .hidden_dim = x.size(1),
-          .residual_stride = x.stride(0),
-          .eps = static_cast<float>(eps),
-          .dtype = dtype,
-      },
-      torch_executor());
-  return out;
+  const RmsNormCall call = rms_norm_call(Arguments("rms_norm"), x, weight, eps);
+  cpu::gather_norm(call.params, torch_executor());
+  return call.out;
 }
 
 void add_ops(torch::stable::detail::StableLibrary& m) {
@@ -205,6 +235,8 @@ void add_ops(torch::stable::detail::StableLibrary& m) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
+#if !defined(REDKNOT_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
+#endif
 
 }  // namespace redknot::binding

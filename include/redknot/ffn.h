@@ -6,6 +6,35 @@
 
 namespace redknot {
 
+enum class Activation {
+  kSilu,      // x / (1 + e^-x)
+  kGeluTanh,  // GELU by tanh
+};
+
+// residual[indices[i]] += w_down (activation(w_gate x) * (w_up x)), x =
+// rmsnorm(residual[indices[i]]), for i < *count. Arguments are those of the operator; where its
+// values are read is the device's.
+struct GatheredFfnParams {
+  void* residual = nullptr;           // [num_tokens, hidden_dim]
+  const void* norm_weight = nullptr;  // [hidden_dim]
+  const void* w_gate = nullptr;       // [ffn_dim, hidden_dim]
+  const void* w_up = nullptr;         // [ffn_dim, hidden_dim]
+  const void* w_down = nullptr;       // [hidden_dim, ffn_dim]
+  const int32_t* indices = nullptr;   // [max_rows], the first *count are distinct rows of residual
+  const int32_t* count = nullptr;     // [1]
+  int64_t num_tokens = 0;
+  int64_t max_rows = 0;
+  int64_t hidden_dim = 0;
+  int64_t ffn_dim = 0;
+  int64_t residual_stride = 0;
+  int64_t gate_stride = 0;
+  int64_t up_stride = 0;
+  int64_t down_stride = 0;
+  float eps = 0.0f;
+  Activation activation = Activation::kSilu;
+  DType dtype = DType::kFloat32;
+};
+
 // The parts of gathered_ffn around its two GEMMs. `indices` are the token rows of one chunk.
 
 // out[i] = round(x[indices[i]] / rms) * weight, rms over hidden_dim in fp32, rounded to the dtype
@@ -35,14 +64,15 @@ struct FewRowLinearParams {
   DType dtype = DType::kFloat32;
 };
 
-// out = silu(gate) * up.
-struct GatedSiluParams {
+// out = activation(gate) * up.
+struct GatedActivationParams {
   const void* gate = nullptr;  // [num_rows, ffn_dim]
   const void* up = nullptr;    // [num_rows, ffn_dim]
   void* out = nullptr;         // [num_rows, ffn_dim], contiguous
   int64_t num_rows = 0;
   int64_t ffn_dim = 0;
   int64_t in_stride = 0;  // of gate's and of up's rows
+  Activation activation = Activation::kSilu;
   DType dtype = DType::kFloat32;
 };
 

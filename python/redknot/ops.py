@@ -328,8 +328,8 @@ def gathered_ffn(
 ) -> None:
     """Gated FFN of selected tokens, added to the residual stream in place.
 
-    ``residual[i] += w_down @ (silu(gate(x)) * up(x))`` with ``x = rmsnorm(residual[i])`` for the
-    `count` listed tokens; all others keep their bits.
+    ``residual[i] += w_down @ (activation(gate(x)) * up(x))`` with ``x = rmsnorm(residual[i])`` for
+    the `count` listed tokens; all others keep their bits.
 
     Parameters
     ----------
@@ -346,7 +346,7 @@ def gathered_ffn(
         The first `count` entries are distinct token rows.
     count : Tensor [1], int32
     activation : str
-        ``"silu"``.
+        ``"silu"``, or ``"gelu_tanh"`` (GELU by tanh).
     w_up : Tensor [ffn_dim, hidden_dim], optional
         The up projection, when it is not packed behind the gate.
     """

@@ -33,11 +33,20 @@ def select_tokens(
 
 
 def gated_ffn(
-    x: Tensor, norm_weight: Tensor, eps: float, w_gate: Tensor, w_up: Tensor, w_down: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    activation: str = "silu",
 ) -> Tensor:
     """The FFN of a Llama layer with its norm, as Hugging Face computes it in the dtype of x."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = norm_weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(
         x.dtype
     )
-    return (torch.nn.functional.silu(normed @ w_gate.T) * (normed @ w_up.T)) @ w_down.T
+    gate = normed @ w_gate.T
+    gelu = torch.nn.functional.gelu(gate, approximate="tanh")
+    activated = torch.nn.functional.silu(gate) if activation == "silu" else gelu
+    return (activated * (normed @ w_up.T)) @ w_down.T

@@ -283,6 +283,12 @@ T __ldg(const T* address, const simt::Where& where = simt::Where::current()) {
   return *address;
 }
 template <typename T>
+T __ldcg(const T* address, const simt::Where& where = simt::Where::current()) {
+  return __ldg(address, where);
+}
+// Blocks run one after another: every write is seen by those that follow.
+inline void __threadfence() {}
+template <typename T>
 T atomicAdd(T* address, T value) {  // nobody else runs meanwhile
   const T before = *address;
   *address = before + value;

@@ -172,30 +172,43 @@ void gather_norm(const GatherNormParams& params, int64_t begin, int64_t end) {
   });
 }
 
-// silu(x) = x / (1 + e^-x), by e^-|x| so that nothing overflows; rounded to T as torch does before
-// the product with `up`.
-template <typename T>
+// What silu and GELU (by tanh) make of x is x / (1 + e^-y), y = x or, for 1 + tanh(y / 2) =
+// 2 / (1 + e^-y), sqrt(8 / pi) (x + 0.044715 x^3): by e^-|y|, y having the sign of x, so that
+// nothing overflows. Rounded to T as torch does before the product with `up`.
+template <typename T, Activation kActivation>
 static inline Vec gated(Vec gate, Vec up) {
-  constexpr float kLog2e = 1.44269504f;
-  const Vec e = exp2_nonpositive((gate < 0.0f ? gate : -gate) * kLog2e);
-  const Vec numerator = gate < 0.0f ? gate * e : gate;
+  constexpr float kLog2e = 1.44269504f, kSqrt8OverPi = 1.59576912f;
+  const Vec y = kActivation == Activation::kSilu
+                    ? gate
+                    : kSqrt8OverPi * (gate + 0.044715f * gate * gate * gate);
+  const Vec e = exp2_nonpositive((y < 0.0f ? y : -y) * kLog2e);
+  const Vec numerator = y < 0.0f ? gate * e : gate;
   return round_to<T>(numerator / (1.0f + e)) * up;
 }
 
-void gated_silu(const GatedSiluParams& params, int64_t begin, int64_t end) {
+template <typename T, Activation kActivation>
+static void gated_rows(const GatedActivationParams& params, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const T* gate = static_cast<const T*>(params.gate) + i * params.in_stride;
+    const T* up = static_cast<const T*>(params.up) + i * params.in_stride;
+    T* out = static_cast<T*>(params.out) + i * params.ffn_dim;
+    for_each_vec(
+        params.ffn_dim,
+        [&](int64_t d) { store(out + d, gated<T, kActivation>(load(gate + d), load(up + d))); },
+        [&](int64_t d, int64_t n) {
+          const Vec last =
+              gated<T, kActivation>(load_partial(gate + d, n), load_partial(up + d, n));
+          store_partial(out + d, last, n);
+        });
+  }
+}
+
+void gated_activation(const GatedActivationParams& params, int64_t begin, int64_t end) {
   dispatch_dtype(params.dtype, [&](auto element) {
     using T = decltype(element);
-    for (int64_t i = begin; i < end; ++i) {
-      const T* gate = static_cast<const T*>(params.gate) + i * params.in_stride;
-      const T* up = static_cast<const T*>(params.up) + i * params.in_stride;
-      T* out = static_cast<T*>(params.out) + i * params.ffn_dim;
-      for_each_vec(
-          params.ffn_dim,
-          [&](int64_t d) { store(out + d, gated<T>(load(gate + d), load(up + d))); },
-          [&](int64_t d, int64_t n) {
-            store_partial(out + d, gated<T>(load_partial(gate + d, n), load_partial(up + d, n)), n);
-          });
-    }
+    (params.activation == Activation::kSilu
+         ? gated_rows<T, Activation::kSilu>
+         : gated_rows<T, Activation::kGeluTanh>)(params, begin, end);
   });
 }
 

@@ -1,0 +1,121 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cuda/ffn/gather_norm.h"
+#include "cuda/ffn/row_gemm.h"
+#include "redknot/ffn.h"
+
+// What gathered_ffn needs beside its arguments, and what of both each launch is given.
+namespace redknot::gpu {
+
+// Rows per chunk at most. More rows would not make a product faster; 8,192 of 25,600 columns are
+// 400 MiB.
+constexpr int64_t kMaxChunkRows = 8192;
+
+struct FfnWorkspace {
+  int64_t chunk_rows = 0;
+  int32_t workers = 0;  // blocks that run at once
+  // Offsets in bytes.
+  int64_t normed = 0;     // [chunk_rows, hidden_dim]
+  int64_t activated = 0;  // [chunk_rows, ffn_dim]
+  int64_t partials = 0;   // float
+  int64_t arrivals = 0;   // int32, of both products
+  int64_t num_bytes = 0;
+
+  FfnWorkspace(const GatheredFfnParams& params, int32_t num_workers) : workers(num_workers) {
+    chunk_rows = std::min(params.max_rows, kMaxChunkRows);
+    const auto take = [this](int64_t bytes) {
+      constexpr int64_t kAlignment = 256;
+      const int64_t begin = num_bytes;
+      num_bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+      return begin;
+    };
+    const int64_t element = size_of(params.dtype);
+    normed = take(chunk_rows * params.hidden_dim * element);
+    activated = take(chunk_rows * params.ffn_dim * element);
+    partials = take(partial_floats() * static_cast<int64_t>(sizeof(float)));
+    arrivals = take(2 * num_arrivals() * static_cast<int64_t>(sizeof(int32_t)));
+  }
+
+  int64_t partial_floats() const { return workers * kPartialFloatsPerWorker; }
+  int64_t num_arrivals() const { return workers * kArrivalsPerWorker; }
+};
+
+// The launches for the rows from first_row on.
+struct FfnChunk {
+  GatherNorm norm;
+  RowGemm gate_up;
+  RowGemm down;
+};
+
+inline FfnChunk ffn_chunk(const GatheredFfnParams& params,
+                          const FfnWorkspace& workspace,
+                          void* memory,
+                          int64_t first_row) {
+  auto* base = static_cast<char*>(memory);
+  auto* arrivals = reinterpret_cast<int32_t*>(base + workspace.arrivals);
+  const auto max_rows =
+      static_cast<int32_t>(std::min(workspace.chunk_rows, params.max_rows - first_row));
+  const auto hidden_dim = static_cast<int32_t>(params.hidden_dim);
+  const auto ffn_dim = static_cast<int32_t>(params.ffn_dim);
+  FfnChunk chunk;
+  chunk.norm = {
+      .residual = params.residual,
+      .weight = params.norm_weight,
+      .indices = params.indices,
+      .count = params.count,
+      .out = base + workspace.normed,
+      .arrivals = arrivals,
+      .residual_stride = params.residual_stride,
+      .first_row = static_cast<int32_t>(first_row),
+      .max_rows = max_rows,
+      .num_arrivals = static_cast<int32_t>(2 * workspace.num_arrivals()),
+      .num_tokens = static_cast<int32_t>(params.num_tokens),
+      .hidden_dim = hidden_dim,
+      .eps = params.eps,
+  };
+  chunk.gate_up = {
+      .a = base + workspace.normed,
+      .b = params.w_gate,
+      .b_up = params.w_up,
+      .a_stride = hidden_dim,
+      .b_stride = params.gate_stride,
+      .b_up_stride = params.up_stride,
+      .columns = ffn_dim,
+      .depth = hidden_dim,
+      .count = params.count,
+      .first_row = static_cast<int32_t>(first_row),
+      .max_rows = max_rows,
+      .most_rows = max_rows,
+      .partials = reinterpret_cast<float*>(base + workspace.partials),
+      .arrivals = arrivals,
+      .partial_floats = workspace.partial_floats(),
+      .out = base + workspace.activated,
+      .out_stride = ffn_dim,
+      .activation = params.activation,
+  };
+  chunk.down = {
+      .a = base + workspace.activated,
+      .b = params.w_down,
+      .a_stride = ffn_dim,
+      .b_stride = params.down_stride,
+      .columns = hidden_dim,
+      .depth = ffn_dim,
+      .count = params.count,
+      .first_row = static_cast<int32_t>(first_row),
+      .max_rows = max_rows,
+      .most_rows = max_rows,
+      .partials = reinterpret_cast<float*>(base + workspace.partials),
+      .arrivals = arrivals + workspace.num_arrivals(),
+      .partial_floats = workspace.partial_floats(),
+      .out = params.residual,
+      .out_stride = params.residual_stride,
+      .indices = params.indices,
+      .num_tokens = static_cast<int32_t>(params.num_tokens),
+  };
+  return chunk;
+}
+
+}  // namespace redknot::gpu
