@@ -69,6 +69,8 @@ RULES = (
     ),
     # All of a multiprocessor's registers: a block each.
     Rule(r"^row_gemm_kernel<\w+, ", ("HMMA", "LDSM", "LDGSTS")),
+    # Its warpgroups of consumers take 232 registers each when it runs.
+    Rule(r"^hopper_gemm_kernel<\w+, ", ("HGMMA", "UTMALDG", "USETMAXREG"), 168, ("HMMA",)),
     Rule(r"^gather_norm_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128", "STG.128")),
     Rule(r"^plan_kernel", (), max_registers=64),
     Rule(r"^token_importance_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128",)),

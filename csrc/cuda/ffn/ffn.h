@@ -16,4 +16,9 @@ namespace redknot::gpu {
                                    void* memory,
                                    cudaStream_t stream);
 
+// The kernel of Hopper (hopper_ffn.cu), in builds that have it: `gemm` with more than kLowRows
+// rows.
+[[nodiscard]] cudaError_t hopper_row_gemm(
+    const RowGemm& gemm, Result result, DType dtype, int32_t workers, cudaStream_t stream);
+
 }  // namespace redknot::gpu

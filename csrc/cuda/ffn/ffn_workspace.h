@@ -16,7 +16,8 @@ constexpr int64_t kMaxChunkRows = 8192;
 
 struct FfnWorkspace {
   int64_t chunk_rows = 0;
-  int32_t workers = 0;  // blocks that run at once
+  int32_t workers = 0;     // blocks that run at once
+  bool is_hopper = false;  // whether the device runs hopper_ffn.cu
   // Offsets in bytes.
   int64_t normed = 0;     // [chunk_rows, hidden_dim]
   int64_t activated = 0;  // [chunk_rows, ffn_dim]
@@ -24,7 +25,8 @@ struct FfnWorkspace {
   int64_t arrivals = 0;   // int32, of both products
   int64_t num_bytes = 0;
 
-  FfnWorkspace(const GatheredFfnParams& params, int32_t num_workers) : workers(num_workers) {
+  FfnWorkspace(const GatheredFfnParams& params, int32_t num_workers, bool on_hopper = false)
+      : workers(num_workers), is_hopper(on_hopper) {
     chunk_rows = std::min(params.max_rows, kMaxChunkRows);
     const auto take = [this](int64_t bytes) {
       constexpr int64_t kAlignment = 256;

@@ -7,36 +7,50 @@
 namespace redknot::gpu {
 namespace {
 
-// One block per multiprocessor of the current device: the products take its registers whole.
-cudaError_t num_workers(int32_t* workers) {
+struct DeviceShape {
+  int32_t num_sms = 0;
+  int32_t major = 0;  // of the compute capability
+};
+
+cudaError_t current_device(DeviceShape* shape) {
   int device = 0;
-  const cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  return cudaDeviceGetAttribute(workers, cudaDevAttrMultiProcessorCount, device);
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&shape->num_sms, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&shape->major, cudaDevAttrComputeCapabilityMajor, device);
+  }
+  return status;
+}
+
+// One block per multiprocessor: the products take its registers whole.
+FfnWorkspace workspace_on(const DeviceShape& device, const GatheredFfnParams& params) {
+  return {params, device.num_sms, device.major == 9};
 }
 
 }  // namespace
 
 cudaError_t gathered_ffn_workspace(const GatheredFfnParams& params, int64_t* num_bytes) {
-  int32_t workers = 0;
-  const cudaError_t status = num_workers(&workers);
-  if (status == cudaSuccess) *num_bytes = FfnWorkspace(params, workers).num_bytes;
+  DeviceShape device;
+  const cudaError_t status = current_device(&device);
+  if (status == cudaSuccess) *num_bytes = workspace_on(device, params).num_bytes;
   return status;
 }
 
 cudaError_t gathered_ffn(const GatheredFfnParams& params, void* workspace, cudaStream_t stream) {
-  int32_t workers = 0;
-  const cudaError_t status = num_workers(&workers);
+  DeviceShape device;
+  const cudaError_t status = current_device(&device);
   if (status != cudaSuccess) return status;
-  const FfnWorkspace layout(params, workers);
+  const FfnWorkspace layout = workspace_on(device, params);
   return params.dtype == DType::kBFloat16 ? ffn_bf16(params, layout, workspace, stream)
                                           : ffn_fp16(params, layout, workspace, stream);
 }
 
 cudaError_t rms_norm(const GatherNormParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return cudaSuccess;
-  int32_t num_sms = 0;
-  const cudaError_t status = num_workers(&num_sms);
+  DeviceShape device;
+  const cudaError_t status = current_device(&device);
   if (status != cudaSuccess) return status;
   GatherNorm norm;
   norm.residual = params.residual;
@@ -54,8 +68,8 @@ cudaError_t rms_norm(const GatherNormParams& params, cudaStream_t stream) {
   return with_element(params.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     constexpr int kVectorSize = kVectorBytes / sizeof(T);
-    return is_aligned ? launch_gather_norm<T, kVectorSize>(norm, num_sms, stream)
-                      : launch_gather_norm<T, 1>(norm, num_sms, stream);
+    return is_aligned ? launch_gather_norm<T, kVectorSize>(norm, device.num_sms, stream)
+                      : launch_gather_norm<T, 1>(norm, device.num_sms, stream);
   });
 }
 

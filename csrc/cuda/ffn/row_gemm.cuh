@@ -33,13 +33,15 @@ __device__ inline GemmPlan plan_of_warp(TileSize tile,
 }
 
 // Leaves the sums of one part of a tile and returns whether this block came last; then they are
-// those of the whole tile.
-template <int kCount>
+// those of the whole tile. For the first kGemmThreads threads of a block, which sync() brings
+// together.
+template <int kCount, typename Sync>
 __device__ bool join_splits(const RowGemm& gemm,
                             const GemmPlan& plan,
                             const WorkItem2d& at,
                             int32_t* arrived,
-                            float (&sums)[kCount]) {
+                            float (&sums)[kCount],
+                            Sync&& sync) {
   const int32_t first_item = at.tile(plan) * plan.splits;
   const auto part = [&](int32_t split) {
     return gemm.partials + (int64_t{first_item + split} * kCount) * kGemmThreads + threadIdx.x;
@@ -48,9 +50,9 @@ __device__ bool join_splits(const RowGemm& gemm,
 #pragma unroll
   for (int i = 0; i < kCount; ++i) own[i * kGemmThreads] = sums[i];
   __threadfence();
-  __syncthreads();
+  sync();
   if (threadIdx.x == 0) *arrived = atomicAdd(gemm.arrivals + at.tile(plan), 1);
-  __syncthreads();
+  sync();
   if (*arrived != plan.splits - 1) return false;
   __threadfence();
   if (threadIdx.x == 0) gemm.arrivals[at.tile(plan)] = 0;
@@ -62,6 +64,32 @@ __device__ bool join_splits(const RowGemm& gemm,
     for (int i = 0; i < kCount; ++i) sums[i] += __ldcg(from + i * kGemmThreads);
   }
   return true;
+}
+
+// What comes behind the products of an item: the sums of a warp, whose first row of C and of B are
+// given, go where they belong.
+template <typename T, Result kResult, int kRowTiles, int kColumnTiles, typename Sync>
+__device__ void finish_tile(const RowGemm& gemm,
+                            const GemmPlan& plan,
+                            const WorkItem2d& at,
+                            int32_t rows,
+                            int32_t row,
+                            int32_t column_of_b,
+                            int32_t* arrived,
+                            float (&sums)[kRowTiles][kColumnTiles][4],
+                            Sync&& sync) {
+  if (plan.splits > 1) {
+    constexpr int kCount = kRowTiles * kColumnTiles * 4;
+    auto& flat = reinterpret_cast<float (&)[kCount]>(sums);
+    if (!join_splits(gemm, plan, at, arrived, flat, sync)) return;
+  }
+  const RowSink<T, kResult> sink{gemm, rows};
+  if constexpr (kResult == Result::kGated) {
+    activate(sums, gemm.activation);
+    write_tile<kRowTiles, kColumnTiles / 2>(sums, row, column_of_b / 2, sink);
+  } else {
+    write_tile<kRowTiles, kColumnTiles>(sums, row, column_of_b, sink);
+  }
 }
 
 template <typename T, typename Tile, Result kResult>
@@ -102,27 +130,10 @@ __device__ void multiply_tiles(const RowGemm& gemm, int32_t rows, unsigned char*
         product.add(fragments[k % 2]);
       }
     }
-    if (plan.splits > 1) {
-      constexpr int kCount = Product::kRowTiles * Product::kColumnTiles * 4;
-      if (!join_splits(gemm, plan, at, arrived, reinterpret_cast<float (&)[kCount]>(product.sums)))
-        continue;
-    }
-    const RowSink<T, kResult> sink{gemm, rows};
-    const int32_t first_row = at.row_tile * Tile::kSize.rows + Product::first_row();
-    if constexpr (kIsGated) {
-      activate(product.sums, gemm.activation);
-      write_tile<Product::kRowTiles, Product::kColumnTiles / 2>(
-          product.sums,
-          first_row,
-          (at.column_tile * Tile::kSize.columns + Product::first_column()) / 2,
-          sink);
-    } else {
-      write_tile<Product::kRowTiles, Product::kColumnTiles>(
-          product.sums,
-          first_row,
-          at.column_tile * Tile::kSize.columns + Product::first_column(),
-          sink);
-    }
+    const auto sync = [] { __syncthreads(); };
+    const int32_t row = at.row_tile * Tile::kSize.rows + Product::first_row();
+    const int32_t column = at.column_tile * Tile::kSize.columns + Product::first_column();
+    finish_tile<T, kResult>(gemm, plan, at, rows, row, column, arrived, product.sums, sync);
   }
   ptx::copy_wait<0>();
 }

@@ -44,6 +44,16 @@ struct RowGemm {
   Activation activation = Activation::kSilu;
 };
 
+// The part of a call that has up to most_rows rows; the part that has more.
+inline RowGemm with_at_most(RowGemm gemm, int32_t most_rows) {
+  gemm.most_rows = most_rows;
+  return gemm;
+}
+inline RowGemm with_more_than(RowGemm gemm, int32_t rows) {
+  gemm.least_rows = rows + 1;
+  return gemm;
+}
+
 RK_HOST_DEVICE inline int32_t rows_of_call(int32_t count, int32_t first_row, int32_t max_rows) {
   const int32_t rows = count - first_row;
   return rows < 0 ? 0 : rows < max_rows ? rows : max_rows;

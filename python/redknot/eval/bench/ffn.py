@@ -1,7 +1,7 @@
 """The FFN of selected tokens (`gathered_ffn`) of one layer: kept fractions of a prompt, few rows.
 
 Peers: the F.linear chain on the same rows (gather, norm, three projections, scatter-add), and the
-dense FFN of all tokens.
+same chain on all tokens, the dense FFN: cuBLAS on a GPU.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _EPS = 1e-5
 _FRACTIONS = (0.05, 0.1, 0.2, 0.5, 1.0)
 _FEW_ROWS = (1, 2, 4, 8, 16, 32, 64)
 _MANY_ROWS = (128, 256, 512, 1024, 2048, 4096)
+_QUICK_ROWS = {"cpu": (1, 8, 32), "cuda": (1, 16, 64, 512)}
 _MIN_COSINE = 0.999
 
 
@@ -65,12 +66,13 @@ def run(options: Options, roofs: Roofs) -> list[Row]:
     default = ("Llama-3-8B",) if options.quick else ("Llama-3-8B", "Qwen3-32B")
     rows = []
     for name, shape in options.shapes(*default).items():
-        tokens = options.contexts or ((1024,) if options.quick else (8192,))
+        is_short = options.quick and options.device == "cpu"
+        tokens = options.contexts or ((1024,) if is_short else (8192,))
         layer_bytes = 3 * shape.hidden_dim * shape.ffn_dim * options.torch_dtype.itemsize
         copies = max(1, min(2, options.rotation_bytes // layer_bytes))
         layers = [_Layer.random(shape, options, seed) for seed in range(copies)]
         for num_tokens in tokens:
-            few = (1, 8, 32) if options.quick else (*_FEW_ROWS, *_MANY_ROWS)
+            few = _QUICK_ROWS[options.device] if options.quick else (*_FEW_ROWS, *_MANY_ROWS)
             cases: list[tuple[int, float | None]] = [(n, None) for n in few if n < num_tokens]
             cases += [(max(1, round(f * num_tokens)), f) for f in _FRACTIONS]
             for num_rows, kept in cases:
@@ -103,7 +105,8 @@ def _measure(
     peers: dict[str, Callable[[], object]] = {}
     if options.wants("linear"):
         peers["F.linear chain"] = rotating(lambda layer: layer.chain(residual, chosen), layers)
-    if options.wants("dense") and fraction is not None and fraction < 1 and not options.quick:
+    is_slow = options.quick and options.device == "cpu"
+    if options.wants("dense") and fraction is not None and fraction < 1 and not is_slow:
         peers["dense, all tokens"] = rotating(lambda layer: layer.chain(residual, every), layers)
     itemsize = options.torch_dtype.itemsize
     weights = 3 * shape.hidden_dim * shape.ffn_dim
