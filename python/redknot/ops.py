@@ -352,9 +352,10 @@ def gathered_ffn(
 
     Notes
     -----
-    On CUDA `count` is only read by the kernels, so that a captured graph follows it. There the dtype
-    is bfloat16 or float16, dimensions and strides are multiples of 8; indices that are no rows are
-    skipped, and of one that occurs twice the result is undefined. Sums are in a fixed order.
+    On CUDA `count` is only read by the kernels, so that a captured graph follows it. There the
+    dtype is bfloat16 or float16, dimensions and strides are multiples of 8; indices that are no
+    rows are skipped, and of one that occurs twice the result is undefined. Sums are in a fixed
+    order.
     """
     _ops.gathered_ffn(
         residual, norm_weight, eps, w_gate_up, w_down, indices, count, activation, w_up=w_up
