@@ -153,6 +153,7 @@ def test_ptx_and_shared_memory_stand_only_behind_their_wrappers() -> None:
 
 def test_every_ptx_wrapper_has_a_twin_on_the_host() -> None:
     for path in files_in("csrc/cuda/ptx"):
-        text = path.read_text()
-        functions = len(re.findall(r"__device__ __forceinline__", text))
-        assert text.count("#ifdef RK_SIMT") == max(1, functions), path.name
+        for function in path.read_text().split("__device__ __forceinline__")[1:]:
+            body = function.split("\n}\n")[0]
+            if "asm" in body or "RK_EACH" in body:
+                assert re.search("#ifn?def RK_SIMT", body), f"{path.name}: {body}"
