@@ -10,9 +10,17 @@
 
 #include "check.h"
 #include "cuda/attention/attend.cuh"
+#include "cuda/attention/hopper_attend.cuh"
 #include "plan_reference.hpp"
 
 namespace redknot::gpu {
+
+// attention_test.cpp is built twice: once for each of the two prefill kernels.
+#ifdef RK_TEST_HOPPER
+constexpr bool kOnHopper = true;
+#else
+constexpr bool kOnHopper = false;
+#endif
 
 // Keys of a row: `length` tokens from position `first` on, rotated `offset` away from there.
 struct Run {
@@ -81,7 +89,11 @@ class PagedAttention {
     simt::Buffer<float> lse("lse", num_q_heads_ * num_tokens);
     const SegPagedAttentionParams params = make_params(plan, workspace, out, lse);
     const PlanShape shape(input);
-    launch<true>(params, shape, schedule, num_blocks);
+    if constexpr (kOnHopper && has_hopper_prefill(kHeadDim)) {
+      launch_hopper(params, shape, schedule, num_blocks);
+    } else {
+      launch<true>(params, shape, schedule, num_blocks);
+    }
     launch<false>(params, shape, schedule, num_blocks);
     simt::launch({{num_blocks}, {128}, 0, schedule},
                  [&] { merge_splits_kernel<T, kHeadDim>(params, shape); });
@@ -108,6 +120,16 @@ class PagedAttention {
     });
   }
 
+  void launch_hopper(const SegPagedAttentionParams& params,
+                     const PlanShape& shape,
+                     const simt::Schedule& schedule,
+                     unsigned num_blocks) {
+    HopperParams hopper{{}, {}, {}, {}, {}, params, shape, ScoreScale(params), 0};
+    if (!fill_hopper_params<kHeadDim>(params, &hopper)) throw simt::Error("no tensor map");
+    simt::launch({{num_blocks}, {kHopperThreads}, sizeof(HopperShared<T, kHeadDim>), schedule},
+                 [&] { hopper_attend_kernel<T, kHeadDim>(hopper); });
+  }
+
   GpuPlanInput plan_input() {
     return {row_indptr_.data(),
             cu_seqlens_.data(),
@@ -131,6 +153,7 @@ class PagedAttention {
     params.pool.num_pages = num_pages_;
     params.pool.page_size = case_.page_size;
     params.pool.head_dim = kHeadDim;
+    params.pool.dtype = std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
     params.pool.k_page_stride = params.pool.v_page_stride = case_.page_size * 2 * kHeadDim;
     params.pool.k_slot_stride = params.pool.v_slot_stride = 2 * kHeadDim;
     params.q = q_.data();
@@ -294,6 +317,7 @@ constexpr double kTolerance = 0.02;
 
 template <typename T, int kHeadDim>
 void expect_right(const Case& c) {
+  if (kOnHopper && !has_hopper_prefill(kHeadDim)) return;  // it has no other kernel than sm_80's
   PagedAttention<T, kHeadDim> attention(c);
   for (const simt::Schedule& schedule : simt::kSchedules) {
     const double error = attention.error(schedule);

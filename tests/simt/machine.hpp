@@ -131,12 +131,14 @@ class Machine {
   // sm90.cpp
   void start_block_sm90();
   bool land_copy();
+  void publish_fenced();
   void end_block_sm90() const;
   std::map<const void*, PhaseBarrier> phase_barriers;
   std::array<NamedBarrier, 16> named_barriers;
   std::vector<WarpgroupWait> warpgroup_waits;
   std::vector<EngineCopy> engine_copies;
   std::vector<unsigned char> async_view;  // shared memory as wgmma sees it
+  bool is_fence_pending = false;
 
  private:
   void run_block();

@@ -279,6 +279,7 @@ void Machine::meet(
   found->arrived |= bit;
   found->arguments[self.lane] = argument;
   if (found->arrived == mask) {
+    publish_fenced();
     const Meeting meeting = *found;
     warp.meetings.erase(found);
     if (meeting.complete != nullptr) meeting.complete(meeting.arguments, mask);
@@ -303,6 +304,7 @@ void Machine::barrier(const Where& where) {
   self.state = Fiber::State::kWaiting;
   warps_[self.warp].ready &= ~(1u << self.lane);
   if (++num_at_barrier_ == fibers_.size()) {
+    publish_fenced();
     num_at_barrier_ = 0;
     for (unsigned w = 0; w < warps_.size(); ++w) make_ready(w, warps_[w].lanes);
   }

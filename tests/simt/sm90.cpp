@@ -28,6 +28,7 @@ PhaseBarrier& barrier_at(const void* address) {
 
 void end_phase_if_over(PhaseBarrier& barrier) {
   if (barrier.missing > 0 || barrier.bytes != 0) return;
+  Machine::get().publish_fenced();
   ++barrier.phase;
   barrier.missing = barrier.arrivals;
   for (Fiber* fiber : barrier.waiters) Machine::get().wake(*fiber);
@@ -73,6 +74,7 @@ void named_barrier(int number, int threads, bool waits, const Where& where) {
   }
   barrier.threads = threads;
   if (++barrier.arrived == threads) {
+    machine.publish_fenced();
     for (Fiber* fiber : barrier.waiters) machine.wake(*fiber);
     barrier = {};
     if (waits) machine.yield();  // else the last one would always be the first to go on
@@ -187,6 +189,7 @@ void Machine::start_block_sm90() {
   named_barriers = {};
   warpgroup_waits.assign(fibers_.size() / kWarpgroup, {});
   engine_copies.clear();
+  is_fence_pending = false;
   async_view.assign(smem_bytes_, 0xff);
 }
 
@@ -194,9 +197,15 @@ void Machine::end_block_sm90() const {
   if (!engine_copies.empty()) throw Error("a block exits while the engine copies for it");
 }
 
-void fence_async_proxy() {
-  Machine& machine = Machine::get();
-  std::memcpy(machine.async_view.data(), machine.smem(), machine.smem_bytes());
+void fence_async_proxy() { Machine::get().is_fence_pending = true; }
+
+// A fence of each of many threads would be as many copies of shared memory: there is one, where
+// threads meet next or a product reads. What is written in between without a fence of its own is
+// taken along.
+void Machine::publish_fenced() {
+  if (!is_fence_pending) return;
+  is_fence_pending = false;
+  std::memcpy(async_view.data(), smem(), smem_bytes_);
 }
 
 // --- wgmma
@@ -329,6 +338,7 @@ void run_products(size_t first_fiber, int pending) {
       refuse("threads of a warpgroup issued different products");
     }
   }
+  machine.publish_fenced();
   size_t count = 0;  // groups are ascending
   while (count < first.products.size() &&
          first.products[count].group + static_cast<uint64_t>(pending) < first.open_products) {

@@ -61,9 +61,9 @@ struct Attend {
                             params.q_head_stride,
                             group_size,
                             num_rows(item)};
-    load_queries<T, kHeadDim, Shape::kRows, Shape::kThreads>(
+    load_queries<T, kHeadDim, Shape::kRows, BlockThreads<Shape::kThreads>>(
         rows,
-        {shared.queries},
+        Matrix{shared.queries},
         params.maybe_inv_freq,
         params.maybe_inv_freq == nullptr ? 0 : static_cast<int32_t>(params.rotary_dim),
         params.rope_interleaved,

@@ -48,13 +48,12 @@ __device__ inline void write_lse(const SegPagedAttentionParams& params,
 
 // Every warp has rows of its own. It puts them where its queries were, which nobody else reads, and
 // from there into global memory in whole vectors.
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, typename State, typename Matrix>
 __device__ void write_rows(const SegPagedAttentionParams& params,
                            const ResultRows& rows,
-                           SoftmaxState<T, kHeadDim, true>& state,
-                           const SharedMatrix<T, kHeadDim>& queries,
+                           State& state,
+                           const Matrix& queries,
                            int first_row) {
-  using State = SoftmaxState<T, kHeadDim, true>;
   const int lane = ptx::recomputed(threadIdx.x % kWarpSize), member = lane % 4;
   state.finish();
 #pragma unroll

@@ -61,25 +61,36 @@ struct QueryRows {
   int64_t head_stride;
   int32_t group_size;
   int32_t num_rows;
+  int32_t first_row = 0;  // row 0 is this one of the work item's
 
   __device__ const T* operator()(int row) const {
+    row += first_row;
     const int token = row / group_size;
     return q + token * token_stride + (row - token * group_size) * head_stride;
   }
 };
 
+// All threads of a block, as those that do something together.
+template <int kThreads>
+struct BlockThreads {
+  static constexpr int kCount = kThreads;
+  __device__ static int index() { return threadIdx.x; }
+  __device__ static void sync() { __syncthreads(); }
+};
+
 // Queries into shared memory, turned by -offset: (R(p) q) . (R(o) k) = (R(p - o) q) . k, so that
 // the keys stay as they are. Rows that do not exist are zeros.
-template <typename T, int kHeadDim, int kRows, int kThreads>
+template <typename T, int kHeadDim, int kRows, typename Threads, typename Matrix>
 __device__ void load_queries(const QueryRows<T>& rows,
-                             const SharedMatrix<T, kHeadDim>& queries,
+                             const Matrix& queries,
                              const float* inv_freq,
                              int32_t rotary_dim,
                              bool is_interleaved,
                              int32_t offset) {
   constexpr int kVectors = kHeadDim / kVectorElements;
   using Access = Vector<T, kVectorElements>;
-  const int thread = ptx::recomputed(threadIdx.x);
+  constexpr int kThreads = Threads::kCount;
+  const int thread = ptx::recomputed(Threads::index());
   for (int i = thread; i < kRows * kVectors; i += kThreads) {
     const int row = i / kVectors, vector = i % kVectors;
     auto* to = reinterpret_cast<Access*>(queries.vector_at(row, vector));
@@ -91,7 +102,7 @@ __device__ void load_queries(const QueryRows<T>& rows,
   }
   if (offset == 0) return;
 
-  __syncthreads();
+  Threads::sync();
   const int num_pairs = rotary_dim / 2;
   if (num_pairs == 0) {  // an offset but no frequencies: no number is right
     for (int i = thread; i < rows.num_rows; i += kThreads) queries.at(i, 0) = from_float<T>(NAN);

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "cuda/attention/score_scale.h"
+#include "cuda/attention/scores.cuh"
 #include "cuda/attention/shared_tile.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/matrix.cuh"
@@ -23,7 +24,6 @@ struct SoftmaxState {
   static constexpr int kRowTiles = Shape::kRowTiles;
   static constexpr int kColumnTiles = kHeadDim / 8;
   static constexpr int kKeyTiles = Shape::kKeysPerWarp / 8;
-  static constexpr uint32_t kAllLanes = 0xffffffffu;
 
   float sums[kRowTiles][kColumnTiles][4];
   float maximum[kRowTiles][2];
@@ -57,8 +57,8 @@ struct SoftmaxState {
                             int first_key) {
     float scores[kRowTiles][kKeyTiles][4];
     multiply_keys(queries, keys, first_row, first_key, scores);
-    if (scale.inside_tanh != 0.0f) cap(scale.inside_tanh, scores);
-    if (block.is_partial) mask(block, positions + first_row, reach, first_key, scores);
+    if (scale.inside_tanh != 0.0f) cap_scores(scale.inside_tanh, scores);
+    if (block.is_partial) mask_scores(block, positions + first_row, reach, first_key, scores);
     exponentiate(scale.log2, scores);
     multiply_values(values, first_key, scores);
   }
@@ -106,61 +106,6 @@ struct SoftmaxState {
         for (int tile = 0; tile < kRowTiles; ++tile) {
           ptx::mma_16816<T>(scores[tile][key], a[tile], first);
           ptx::mma_16816<T>(scores[tile][key + 1], a[tile], second);
-        }
-      }
-    }
-  }
-
-  __device__ static void cap(float inside_tanh, Scores& scores) {
-#pragma unroll
-    for (int tile = 0; tile < kRowTiles; ++tile) {
-#pragma unroll
-      for (int key = 0; key < kKeyTiles; ++key) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          scores[tile][key][i] = ptx::tanh(scores[tile][key][i] * inside_tanh);
-        }
-      }
-    }
-  }
-
-  __device__ static void mask(const KeyBlock<Shape::kChunks>& block,
-                              const int32_t* positions,
-                              const Reach& reach,
-                              int first_key,
-                              Scores& scores) {
-    const int lane = ptx::recomputed(threadIdx.x % kWarpSize);
-    int32_t queries[kRowTiles][2], unseen[kRowTiles][2];
-#pragma unroll
-    for (int tile = 0; tile < kRowTiles; ++tile) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int32_t query = positions[tile * kMmaRows + lane / 4 + half * 8];
-        const int64_t behind = int64_t{query} - reach.window;
-        queries[tile][half] = query;
-        // The last position that has left the window.
-        unseen[tile][half] = reach.window < 0 || behind < 0 ? -1 : static_cast<int32_t>(behind);
-      }
-    }
-#pragma unroll
-    for (int key = 0; key < kKeyTiles; ++key) {
-      const int chunk = (first_key + key * 8) / kChunkKeys;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int in_chunk = key % 2 * 8 + lane % 4 * 2 + i;
-        // A slot without a token lies behind every query.
-        const int32_t position =
-            in_chunk < block.num_valid[chunk] ? block.position[chunk] + in_chunk : INT32_MAX;
-        const bool is_sink = position < reach.sink;
-#pragma unroll
-        for (int tile = 0; tile < kRowTiles; ++tile) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            // Without short cuts: selections instead of branches.
-            const bool in_reach = (position > unseen[tile][half]) | is_sink;
-            float& score = scores[tile][key][2 * half + i];
-            score = (position <= queries[tile][half]) & in_reach ? score : -INFINITY;
-          }
         }
       }
     }
@@ -232,16 +177,6 @@ struct SoftmaxState {
         }
       }
     }
-  }
-
-  // Over the four lanes that share a row.
-  __device__ static float row_maximum(float value) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, 1));
-    return fmaxf(value, __shfl_xor_sync(kAllLanes, value, 2));
-  }
-  __device__ static float row_sum(float value) {
-    value += __shfl_xor_sync(kAllLanes, value, 1);
-    return value + __shfl_xor_sync(kAllLanes, value, 2);
   }
 };
 

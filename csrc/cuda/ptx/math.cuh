@@ -22,6 +22,15 @@ __device__ __forceinline__ int recomputed(int x) {
 #endif
 }
 
+// x, which all lanes of a warp have alike, in a register that the warp shares.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) {
+#ifdef RK_SIMT
+  return x;
+#else
+  return __shfl_sync(0xffffffffu, x, 0);
+#endif
+}
+
 // 2^x to about 2 ulp; tiny results are 0, and 2^-inf is 0.
 __device__ __forceinline__ float exp2(float x) {
 #ifdef RK_SIMT

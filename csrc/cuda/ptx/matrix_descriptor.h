@@ -28,6 +28,11 @@ RK_HOST_DEVICE constexpr uint64_t matrix_descriptor(uint32_t address,
          uint64_t{stride_bytes >> 4} << 32 | uint64_t{1} << 62;
 }
 
+// The same matrix `bytes`, a multiple of 16, further on.
+RK_HOST_DEVICE constexpr uint64_t moved_by(uint64_t descriptor, uint32_t bytes) {
+  return descriptor + (bytes >> 4);
+}
+
 // Rows of the panel are rows of A, or columns of B; its columns are k (K-major). The 16 of one
 // wgmma begin at column 16 * step of the panel, step 0 to 3. The leading offset is not used.
 RK_HOST_DEVICE constexpr uint64_t k_major(uint32_t panel, int step) {
