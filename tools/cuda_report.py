@@ -72,13 +72,20 @@ RULES = (
     # Its warpgroups of consumers take 232 registers each when it runs.
     Rule(r"^hopper_gemm_kernel<\w+, ", ("HGMMA", "UTMALDG", "USETMAXREG"), 168, ("HMMA",)),
     Rule(r"^gather_norm_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128", "STG.128")),
+    # 384 threads may have 168 registers each, which warpgroups share out as they need them.
+    Rule(
+        r"^hopper_attend_kernel<",
+        ("HGMMA", "UTMALDG", "USETMAXREG", "SYNCS"),
+        max_registers=168,
+        forbidden=("HMMA", "LDGSTS", "LDSM"),
+    ),
     Rule(r"^plan_kernel", (), max_registers=64),
     Rule(r"^token_importance_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128",)),
     Rule(r"^merge_states_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128", "STG.128")),
     Rule(r"^realign_keys_kernel<(float, 4|__nv_bfloat16, 8|__half, 8),", ("LDG.128", "STG.128")),
 )
 # Worth a column of the table where present.
-NOTABLE = ("LDG.128", "STG.128", "LDGSTS", "LDSM", "HMMA", "HGMMA", "UTMALDG", "UTMASTG")
+NOTABLE = ("LDG.128", "STG.128", "LDGSTS", "LDSM", "HMMA", "HGMMA", "UTMALDG", "UBLKCP")
 
 # What ptxas says of a kernel when it runs, but not as it was written.
 COMPLAINT = re.compile(r"(wgmma\.mma_async instructions are serialized).*?function '(\w+)'")

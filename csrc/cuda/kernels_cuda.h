@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/attention/plan.h"
+#include "cuda/common/architecture.h"
 #include "redknot/attention.h"
 #include "redknot/ffn.h"
 #include "redknot/merge.h"

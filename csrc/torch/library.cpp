@@ -50,6 +50,9 @@ STABLE_TORCH_LIBRARY(redknot, m) {
       "-> (Tensor out, Tensor lse)");
   // The instruction set of the CPU kernels: sets it unless empty, returns the one in use.
   m.def("_cpu_isa(str isa) -> str");
+  // The newest architecture whose CUDA kernels may run, where the device has it: sets it unless
+  // empty, returns the one in use. sm_80 or sm_90a; builds without CUDA have no implementation.
+  m.def("_cuda_arch(str arch) -> str");
   // Benchmarks measure with these what the machine can do.
   m.def("_cpu_dot_roof(Tensor like, int num_rounds) -> int");
   m.def("_cpu_read_roof(Tensor data) -> float");

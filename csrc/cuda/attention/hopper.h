@@ -5,11 +5,12 @@
 #include "cuda/attention/plan.h"
 #include "redknot/attention.h"
 
-// The prefill kernels for Hopper, one file per element type as attention.h has them. `head_dim` is
-// one that has_hopper_prefill (hopper_shape.h) names.
+// The launches of prefill on Hopper, instantiated in files of their own, which are compiled for 90a
+// alone.
 namespace redknot::gpu {
 
-// cudaErrorNotSupported, and nothing launched, where the copy engine cannot describe the pool.
+// cudaErrorNotSupported, and nothing launched, where there is no kernel for head_dim or the copy
+// engine cannot describe the pool: then the kernel of sm_80 is to be taken.
 [[nodiscard]] cudaError_t hopper_prefill_bf16(const SegPagedAttentionParams& params,
                                               const GpuPlanInput& input,
                                               cudaStream_t stream);

@@ -1,8 +1,11 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/attention/attend.cuh"
+#include "cuda/attention/hopper.h"
+#include "cuda/common/architecture.h"
 #include "cuda/common/resident_blocks.cuh"
 
 // Launches of the attention kernels for one element type; one .cu file per type includes this.
@@ -25,6 +28,22 @@ cudaError_t launch_attend(const SegPagedAttentionParams& params,
   return cudaGetLastError();
 }
 
+// The kernel of Hopper where there is one for this call, else that of sm_80.
+template <typename T, int kHeadDim>
+cudaError_t launch_any_prefill(const SegPagedAttentionParams& params,
+                               const GpuPlanInput& input,
+                               cudaStream_t stream) {
+#ifdef REDKNOT_HOPPER
+  if (chooses_hopper()) {
+    const cudaError_t status = std::is_same_v<T, __half>
+                                   ? hopper_prefill_fp16(params, input, stream)
+                                   : hopper_prefill_bf16(params, input, stream);
+    if (status != cudaErrorNotSupported) return status;
+  }
+#endif
+  return launch_attend<T, kHeadDim, true>(params, PlanShape(input), max_items(input), stream);
+}
+
 // Prefill, decode, merge: which of them have work, only the device knows; a launch without any ends
 // at once. What shapes alone rule out is not launched.
 template <typename T, int kHeadDim>
@@ -36,7 +55,7 @@ cudaError_t launch_attention(const SegPagedAttentionParams& params,
   const int64_t query_rows = params.num_tokens * params.group_size();
   cudaError_t status = cudaSuccess;
   if (query_rows > kDecodeRows) {
-    status = launch_attend<T, kHeadDim, true>(params, plan, most, stream);
+    status = launch_any_prefill<T, kHeadDim>(params, input, stream);
   }
   if (status == cudaSuccess && (params.num_seqs > 1 || query_rows <= kDecodeRows)) {
     status = launch_attend<T, kHeadDim, false>(params, plan, most, stream);
