@@ -1,5 +1,6 @@
 // gathered_ffn and rms_norm as the host calls them.
 #include "cuda/common/alignment.h"
+#include "cuda/common/architecture.h"
 #include "cuda/ffn/ffn.h"
 #include "cuda/ffn/launch_norm.cuh"
 #include "cuda/kernels_cuda.h"
@@ -7,50 +8,40 @@
 namespace redknot::gpu {
 namespace {
 
-struct DeviceShape {
-  int32_t num_sms = 0;
-  int32_t major = 0;  // of the compute capability
-};
-
-cudaError_t current_device(DeviceShape* shape) {
+cudaError_t count_sms(int32_t* num_sms) {
   int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&shape->num_sms, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&shape->major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  return status;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
 }
 
 // One block per multiprocessor: the products take its registers whole.
-FfnWorkspace workspace_on(const DeviceShape& device, const GatheredFfnParams& params) {
-  return {params, device.num_sms, device.major == 9};
+FfnWorkspace workspace_on(int32_t num_sms, const GatheredFfnParams& params) {
+  return {params, num_sms, chooses_hopper()};
 }
 
 }  // namespace
 
 cudaError_t gathered_ffn_workspace(const GatheredFfnParams& params, int64_t* num_bytes) {
-  DeviceShape device;
-  const cudaError_t status = current_device(&device);
-  if (status == cudaSuccess) *num_bytes = workspace_on(device, params).num_bytes;
+  int32_t num_sms = 0;
+  const cudaError_t status = count_sms(&num_sms);
+  if (status == cudaSuccess) *num_bytes = workspace_on(num_sms, params).num_bytes;
   return status;
 }
 
 cudaError_t gathered_ffn(const GatheredFfnParams& params, void* workspace, cudaStream_t stream) {
-  DeviceShape device;
-  const cudaError_t status = current_device(&device);
+  int32_t num_sms = 0;
+  const cudaError_t status = count_sms(&num_sms);
   if (status != cudaSuccess) return status;
-  const FfnWorkspace layout = workspace_on(device, params);
+  const FfnWorkspace layout = workspace_on(num_sms, params);
   return params.dtype == DType::kBFloat16 ? ffn_bf16(params, layout, workspace, stream)
                                           : ffn_fp16(params, layout, workspace, stream);
 }
 
 cudaError_t rms_norm(const GatherNormParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return cudaSuccess;
-  DeviceShape device;
-  const cudaError_t status = current_device(&device);
+  int32_t num_sms = 0;
+  const cudaError_t status = count_sms(&num_sms);
   if (status != cudaSuccess) return status;
   GatherNorm norm;
   norm.residual = params.residual;
@@ -68,8 +59,8 @@ cudaError_t rms_norm(const GatherNormParams& params, cudaStream_t stream) {
   return with_element(params.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     constexpr int kVectorSize = kVectorBytes / sizeof(T);
-    return is_aligned ? launch_gather_norm<T, kVectorSize>(norm, device.num_sms, stream)
-                      : launch_gather_norm<T, 1>(norm, device.num_sms, stream);
+    return is_aligned ? launch_gather_norm<T, kVectorSize>(norm, num_sms, stream)
+                      : launch_gather_norm<T, 1>(norm, num_sms, stream);
   });
 }
 

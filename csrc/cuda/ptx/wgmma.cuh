@@ -74,17 +74,14 @@ __device__ __forceinline__ void hold(float (&d)[kTiles][4]) {
 #define RK_NAMES_32 RK_TEN() RK_TEN(1) RK_TEN(2) "%30,%31"
 #define RK_NAMES_48 RK_TEN() RK_TEN(1) RK_TEN(2) RK_TEN(3) "%40,%41,%42,%43,%44,%45,%46,%47"
 #define RK_NAMES_64 RK_TEN() RK_TEN(1) RK_TEN(2) RK_TEN(3) RK_TEN(4) RK_TEN(5) "%60,%61,%62,%63"
-#define RK_NAMES_96 \
-  RK_TEN()          \
-  RK_TEN(1)         \
-  RK_TEN(2) RK_TEN(3) RK_TEN(4) RK_TEN(5) RK_TEN(6) RK_TEN(7) RK_TEN(8) "%90,%91,%92,%93,%94,%95"
-#define RK_NAMES_128                                                     \
-  RK_TEN()                                                               \
-  RK_TEN(1)                                                              \
-  RK_TEN(2)                                                              \
-  RK_TEN(3)                                                              \
-  RK_TEN(4) RK_TEN(5) RK_TEN(6) RK_TEN(7) RK_TEN(8) RK_TEN(9) RK_TEN(10) \
-      RK_TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
+// clang-format off
+#define RK_NAMES_96                                                                        \
+  RK_TEN() RK_TEN(1) RK_TEN(2) RK_TEN(3) RK_TEN(4) RK_TEN(5) RK_TEN(6) RK_TEN(7) RK_TEN(8) \
+  "%90,%91,%92,%93,%94,%95"
+#define RK_NAMES_128                                                                       \
+  RK_TEN() RK_TEN(1) RK_TEN(2) RK_TEN(3) RK_TEN(4) RK_TEN(5) RK_TEN(6) RK_TEN(7) RK_TEN(8) \
+  RK_TEN(9) RK_TEN(10) RK_TEN(11) "%120,%121,%122,%123,%124,%125,%126,%127"
+// clang-format on
 #define RK_TILES_1(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define RK_TILES_2(n) RK_TILES_1(n), RK_TILES_1(n + 1)
 #define RK_TILES_4(n) RK_TILES_2(n), RK_TILES_2(n + 2)
