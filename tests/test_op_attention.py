@@ -64,6 +64,29 @@ def test_scores_that_rise_with_every_key(isa: str, dtype: torch.dtype) -> None:
         check(replace(rows, **{name: getattr(rows, name).to(dtype) for name in floats}))
 
 
+# More keys than any kernel takes at once; some fall so far behind that their weight is nothing.
+@pytest.mark.parametrize("fall", [0.0, 400.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", isas())
+def test_thousands_of_keys(isa: str, dtype: torch.dtype, fall: float) -> None:
+    rows = paged_rows(
+        [[(0, 2350, 0)], [(0, 2350, 0)]],
+        [range(2313, 2350)],
+        group=3,
+        head_dim=64,
+        page_size=48,
+        window=[-1, 1200],
+        sink=[0, 70],
+        dtype=dtype,
+    )
+    for page, first, valid, _ in rows.page_refs.tolist():
+        lost = (torch.arange(first, first + valid) % 7 == 3).unsqueeze(1)
+        rows.k_cache[page, :valid] -= (fall / 8 * lost).to(dtype)
+    rows.q.abs_()
+    with use_isa(isa):
+        check(rows)
+
+
 # Caps that bend every score, some scores, and hardly any; the products here reach 30.
 @pytest.mark.parametrize("softcap", [0.5, 10.0, 500.0])
 @pytest.mark.parametrize("dtype", DTYPES)

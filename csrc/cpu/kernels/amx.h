@@ -36,6 +36,11 @@ template <int Tile>
 static inline void tile_load(const void* p, int64_t stride_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride_bytes), "i"(Tile) : "memory");
 }
+// The same for lines that will not be used again before L1 has forgotten them.
+template <int Tile>
+static inline void tile_load_past_l1(const void* p, int64_t stride_bytes) {
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(stride_bytes), "i"(Tile) : "memory");
+}
 template <int Tile>
 static inline void tile_store(void* p, int64_t stride_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(stride_bytes), "i"(Tile) : "memory");

@@ -32,11 +32,13 @@ class Queries {
   int64_t window() const { return params_.row_window[item_.row]; }
   int64_t sink() const { return params_.row_sink[item_.row]; }
 
+  const T* given(int64_t m) const {
+    return static_cast<const T*>(params_.q) + token(m) * params_.q_token_stride +
+           head(m) * params_.q_head_stride;
+  }
   // Row m turned by -offset, in fp32.
   void read(int64_t m, int32_t offset, float* out) const {
-    const T* q = static_cast<const T*>(params_.q) + token(m) * params_.q_token_stride +
-                 head(m) * params_.q_head_stride;
-    convert_row(q, params_.pool.head_dim, 1.0f, out);
+    convert_row(given(m), params_.pool.head_dim, 1.0f, out);
     if (offset != 0) turn_back(offset, out);
   }
 
