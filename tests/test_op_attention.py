@@ -37,7 +37,8 @@ def ragged(dtype: torch.dtype, group: int, head_dim: int, page_size: int = 16) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("group", "head_dim"), [(1, 64), (4, 128), (8, 32), (4, 40), (2, 256), (3, 8), (71, 16)]
+    ("group", "head_dim"),
+    [(1, 64), (4, 128), (8, 32), (4, 40), (2, 256), (3, 8), (12, 96), (71, 16)],
 )
 def test_ragged_rows(dtype: torch.dtype, group: int, head_dim: int) -> None:
     check(ragged(dtype, group, head_dim))
@@ -222,6 +223,15 @@ def test_visible_nan_and_infinity_come_out(group: int, isa: str, dtype: torch.dt
         with use_isa(isa):
             out, _ = ops.seg_paged_attention(*rows.args())
         assert out[:20].isfinite().all() and not out[20:].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("isa", isas())
+def test_infinite_value_spoils_its_dimension_alone(isa: str, dtype: torch.dtype) -> None:
+    rows = paged_rows([[(0, 40, 0)]], [range(30, 32)], group=4, head_dim=64, dtype=dtype)
+    rows.v_cache[rows.page_refs[1, 0], 4, [6, 9]] = torch.inf  # position 20
+    with use_isa(isa):
+        check(rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

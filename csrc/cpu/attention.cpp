@@ -60,7 +60,7 @@ class Schedule {
       while (true) {
         const int32_t item = next_[owner].fetch_add(1, std::memory_order_relaxed);
         if (item >= end) break;
-        run_item(plan_.items[item]);
+        run_item(plan_.items[item], item + 1 < end ? &plan_.items[item + 1] : nullptr);
       }
     }
   }
@@ -83,8 +83,9 @@ void seg_paged_attention(const SegPagedAttentionParams& params, const Executor& 
   executor.parallel_for(plan.header->num_workers, 1, [&](int64_t begin, int64_t end) {
     void* scratch = thread_scratch(scratch_bytes);
     for (int64_t worker = begin; worker < end; ++worker) {
-      schedule.run(worker,
-                   [&](const WorkItem& item) { isa.attention_item(params, table, item, scratch); });
+      schedule.run(worker, [&](const WorkItem& item, const WorkItem* maybe_next) {
+        isa.attention_item(params, table, item, maybe_next, scratch);
+      });
     }
   });
 

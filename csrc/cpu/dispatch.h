@@ -23,9 +23,11 @@ struct RotationTable {
 // items) that the launcher gives to one thread.
 struct Kernels {
   int64_t (*attention_scratch_bytes)(const SegPagedAttentionParams& params);
+  // `maybe_next` is what this thread does next, most likely; its first pages may be asked for.
   void (*attention_item)(const SegPagedAttentionParams& params,
                          const RotationTable& rotations,
                          const WorkItem& item,
+                         const WorkItem* maybe_next,
                          void* scratch);
   // Merges the partial results of one tile; `item` is its first split.
   void (*attention_merge)(const SegPagedAttentionParams& params, const WorkItem& item);
@@ -61,7 +63,7 @@ extern const Kernels kKernels;
 namespace isa_avx512 {
 extern const Kernels kKernels;
 }
-namespace isa_amx {  // isa_avx512 with bf16 prefill on tiles
+namespace isa_amx {  // isa_avx512 with bf16 attention on tiles
 extern const Kernels kKernels;
 }
 

@@ -8,19 +8,28 @@ namespace redknot::cpu::REDKNOT_ISA {
 
 inline constexpr int kTileBytes = 1024;
 
+struct TileShape {
+  uint16_t row_bytes[8] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[8] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
 // Configures the calling thread's tiles for its lifetime and gives them back, so that no later
 // code finds them in use.
 class AmxTiles {
  public:
-  AmxTiles() {
+  explicit AmxTiles(const TileShape& shape = {}) {
     struct alignas(64) Config {
       uint8_t palette = 1;
       uint8_t start_row = 0;
       uint8_t reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
     } config;
     static_assert(sizeof(Config) == 64);
+    for (int i = 0; i < 8; ++i) {
+      config.row_bytes[i] = shape.row_bytes[i];
+      config.rows[i] = shape.rows[i];
+    }
     asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
   }
   ~AmxTiles() { asm volatile("tilerelease" ::: "memory"); }

@@ -5,6 +5,7 @@
 // here.
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "redknot/dispatch.h"
 
@@ -166,15 +167,25 @@ static inline void convert_row(const In* in, int64_t count, float scale, Out* ou
 
 // --- across lanes -----------------------------------------------------------------------------
 
+// x with neighbouring segments of `Half` lanes exchanged.
+template <int Half, int... Lane>
+static inline Vec exchange(Vec x, std::integer_sequence<int, Lane...>) {
+  return __builtin_shuffle(x, VecI{(Lane ^ Half)...});
+}
+template <int Half = kLanes / 2, typename Join>
+static inline float reduce(Vec x, Join&& join) {
+  if constexpr (Half == 0) {
+    return x[0];
+  } else {
+    const Vec other = exchange<Half>(x, std::make_integer_sequence<int, kLanes>());
+    return reduce<Half / 2>(join(x, other), join);
+  }
+}
 static inline float reduce_add(Vec x) {
-  float sum = 0.0f;
-  for (int i = 0; i < kLanes; ++i) sum += x[i];
-  return sum;
+  return reduce(x, [](Vec a, Vec b) { return a + b; });
 }
 static inline float reduce_max(Vec x) {
-  float result = x[0];
-  for (int i = 1; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
-  return result;
+  return reduce(x, [](Vec a, Vec b) { return max(a, b); });
 }
 
 // --- exp2 ---------------------------------------------------------------------------------------
