@@ -317,7 +317,7 @@ def test_small_what_has_no_kernel_is_refused_by_name() -> None:
 
     refused("k_cache must be bfloat16 or float16 on CUDA", rows_of(64, 16, torch.float32))
     refused("head_dim must be 32, 64, 128 or 256", rows_of(96, 16, torch.bfloat16))
-    refused("page_size must be a multiple of 16", rows_of(64, 24, torch.bfloat16))
+    refused("page_size must be a multiple of 8", rows_of(64, 12, torch.bfloat16))
     good = rows_of(64, 16, torch.bfloat16)
     refused("softcap must be positive, or 0 for none, got -30", good, softcap=-30.0)
     refused("softmax_scale must be positive on CUDA", good, softmax_scale=-1.0)

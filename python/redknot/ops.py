@@ -2,7 +2,7 @@
 
 Everything here works on CPU tensors in float32, bfloat16 and float16, under ``torch.compile`` and
 with fake tensors. With CUDA in the build, `seg_paged_attention` (bfloat16 and float16; head_dim 32,
-64, 128 or 256; pages of a multiple of 16 up to 256), `seg_paged_plan`, `write_pages`, `copy_pages`,
+64, 128 or 256; pages of a multiple of 8 up to 256), `seg_paged_plan`, `write_pages`, `copy_pages`,
 `rope_realign`, `token_importance`, `select_tokens` and `merge_states` take CUDA tensors too; they
 never wait for the device, so the *values* of index tensors are trusted there (`validate` of
 `seg_paged_attention` checks them). Wrong arguments raise ``RuntimeError`` with a message that names

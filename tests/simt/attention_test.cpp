@@ -28,6 +28,12 @@ TEST(fp16_head_dim_64) { expect_right<__half, 64>(ragged(3, 16)); }
 TEST(fp16_head_dim_128) { expect_right<__half, 128>(ragged(8, 64)); }
 TEST(fp16_head_dim_256) { expect_right<__half, 256>(ragged(1, 32)); }
 
+TEST(pages_of_any_multiple_of_8) {
+  for (const int32_t page_size : {8, 24, 40, 80, 192}) expect_right<BF16, 64>(ragged(4, page_size));
+  expect_right<BF16, 128>(ragged(4, 8));
+  expect_right<BF16, 256>(ragged(2, 24));
+}
+
 // One row; as decode, and with more query rows than its tile holds, as prefill.
 void expect_right_row(std::vector<Run> keys,
                       std::vector<int32_t> queries,

@@ -13,8 +13,8 @@
 // online softmax of its rows (prefill) or of its keys (decode). Blocks in which every query sees
 // every key pay no mask. Queries are turned once per run of pages with one rotation offset.
 //
-// Assumed: 16-bit elements; 16-byte aligned rows of q, out, K and V; pages of a multiple of 16
-// slots; softmax_scale > 0; a plan for these very rows.
+// Assumed: 16-bit elements; 16-byte aligned rows of q, out, K and V; softmax_scale > 0; a plan for
+// these very rows.
 namespace redknot::gpu {
 
 template <typename T, int kHeadDim, bool kIsPrefill>

@@ -5,9 +5,11 @@
 // Sizes of the attention kernels, each with its reason; nothing here computes.
 namespace redknot::gpu {
 
-// Keys come in chunks of 16 slots of one page: one k-step of mma.m16n8k16, and the reason why pages
-// hold a multiple of 16 tokens.
+// Keys come in chunks of 16 slots of one page, one k-step of mma.m16n8k16; the last of a page may
+// reach over its end, for no slot there is valid.
 constexpr int kChunkKeys = 16;
+// Pages hold a multiple of this; with 8, half of every chunk is empty.
+constexpr int kPageSlots = 8;
 constexpr int kWarpSize = 32;
 constexpr int kMmaRows = 16;
 

@@ -21,9 +21,9 @@ constexpr int64_t kHeadDims[] = {32, 64, 128, 256};
 constexpr int64_t kMaxPageSize = 256;
 
 void check_page_size(const Arguments& args, int64_t page_size) {
-  args.check(page_size > 0 && page_size % gpu::kChunkKeys == 0 && page_size <= kMaxPageSize,
+  args.check(page_size > 0 && page_size % gpu::kPageSlots == 0 && page_size <= kMaxPageSize,
              "page_size must be a multiple of ",
-             gpu::kChunkKeys,
+             gpu::kPageSlots,
              " up to ",
              kMaxPageSize,
              " on CUDA, got ",
