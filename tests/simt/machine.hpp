@@ -25,6 +25,7 @@ struct PendingProduct {
   Product product;
   uint32_t a[4];
   uint64_t group;
+  uint64_t checksum;  // of its operands when it was issued, in the warpgroup's first thread
 };
 
 // What a thread's d holds while products on it are under way.
@@ -130,13 +131,15 @@ class Machine {
 
   // sm90.cpp
   void start_block_sm90();
-  bool land_copy();
+  bool end_something();
+  void end_products(size_t warpgroup);
   void publish_fenced();
   void end_block_sm90() const;
   std::map<const void*, PhaseBarrier> phase_barriers;
   std::array<NamedBarrier, 16> named_barriers;
   std::vector<WarpgroupWait> warpgroup_waits;
   std::vector<EngineCopy> engine_copies;
+  std::vector<size_t> ready_products;     // warpgroups of which all threads wait for products
   std::vector<unsigned char> async_view;  // shared memory as wgmma sees it
   bool is_fence_pending = false;
 

@@ -152,7 +152,7 @@ void Machine::run_block() {
   }
   while (num_done_ < fibers_.size()) {
     Fiber* next = pick();
-    while (next == nullptr && land_copy()) next = pick();
+    while (next == nullptr && end_something()) next = pick();
     if (next == nullptr) report_deadlock();
     current_ = next;
     threadIdx = next->thread;

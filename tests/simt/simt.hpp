@@ -168,7 +168,7 @@ void load_box(void* smem,
               const Where& where);
 
 // d [64, n] (+)= a [64, 16] b [16, n] of a warpgroup. d is poisoned when the product is issued; it
-// is computed when all threads of the warpgroup wait for it.
+// is computed when all threads of the warpgroup wait for it and no other thread can run.
 struct Product {
   float* d;  // of this thread, n / 2
   int n;

@@ -14,6 +14,8 @@ namespace {
 constexpr uint32_t kFirstAddress = 1024;
 constexpr uint32_t kRowBytes = 128;  // of the swizzle
 constexpr int kWarpgroup = 128;
+// A signalling NaN: arithmetic on it, which gives a NaN, changes its bits.
+constexpr uint32_t kSumUnderWay = 0xffbfffff;
 
 [[noreturn]] void refuse(const std::string& why) { throw Error(Machine::get().here() + why); }
 
@@ -173,14 +175,23 @@ void load_box(void* smem,
   issue({static_cast<char*>(smem), nullptr, bytes, map, begin, barrier});
 }
 
-bool Machine::land_copy() {
-  if (engine_copies.empty()) return false;
+// One copy, or the products that a warpgroup waits for: from the front, from the back or any.
+bool Machine::end_something() {
+  const size_t num_copies = engine_copies.size();
+  const size_t count = num_copies + ready_products.size();
+  if (count == 0) return false;
   size_t next = 0;
-  if (schedule_.order == Order::kDescending) next = engine_copies.size() - 1;
-  if (schedule_.order == Order::kRandom) next = random_() % engine_copies.size();
-  const EngineCopy copy = engine_copies[next];
-  engine_copies.erase(engine_copies.begin() + static_cast<ptrdiff_t>(next));
-  land(copy);
+  if (schedule_.order == Order::kDescending) next = count - 1;
+  if (schedule_.order == Order::kRandom) next = random_() % count;
+  if (next < num_copies) {
+    const EngineCopy copy = engine_copies[next];
+    engine_copies.erase(engine_copies.begin() + static_cast<ptrdiff_t>(next));
+    land(copy);
+  } else {
+    const size_t warpgroup = ready_products[next - num_copies];
+    ready_products.erase(ready_products.begin() + static_cast<ptrdiff_t>(next - num_copies));
+    end_products(warpgroup);
+  }
   return true;
 }
 
@@ -189,6 +200,7 @@ void Machine::start_block_sm90() {
   named_barriers = {};
   warpgroup_waits.assign(fibers_.size() / kWarpgroup, {});
   engine_copies.clear();
+  ready_products.clear();
   is_fence_pending = false;
   async_view.assign(smem_bytes_, 0xff);
 }
@@ -224,25 +236,49 @@ struct MatrixView {
     }
   }
 
-  float at(uint32_t offset, bool is_bfloat16) const {
+  // The element at this offset and those behind it, up to a multiple of 16 bytes.
+  const unsigned char* at(uint32_t offset) const {
     const Machine& machine = Machine::get();
     uint32_t byte = address + offset;
     byte ^= (byte >> 7 & 7) << 4;
     if (byte < kFirstAddress || byte + 2 > kFirstAddress + machine.smem_bytes()) {
       refuse("a matrix descriptor leads outside shared memory");
     }
-    uint16_t bits;
-    std::memcpy(&bits, machine.async_view.data() + byte - kFirstAddress, 2);
-    return is_bfloat16 ? __bfloat162float({bits}) : __half2float({bits});
+    return machine.async_view.data() + byte - kFirstAddress;
   }
   // Row i of A or column i of B.
-  float k_major(uint32_t i, uint32_t k, bool is_bfloat16) const {
-    return at(i / 8 * stride + i % 8 * kRowBytes + 2 * k, is_bfloat16);
+  const unsigned char* k_major(uint32_t i, uint32_t k) const {
+    return at(i / 8 * stride + i % 8 * kRowBytes + 2 * k);
   }
-  float mn_major(uint32_t i, uint32_t k, bool is_bfloat16) const {
-    return at(i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * kRowBytes, is_bfloat16);
+  const unsigned char* mn_major(uint32_t i, uint32_t k) const {
+    return at(i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * kRowBytes);
   }
 };
+
+float value_of(const unsigned char* element, bool is_bfloat16) {
+  uint16_t bits;
+  std::memcpy(&bits, element, 2);
+  return is_bfloat16 ? __bfloat162float({bits}) : __half2float({bits});
+}
+
+// Of all that a product reads of shared memory.
+uint64_t checksum_of_operands(const Product& product) {
+  uint64_t sum = 0;
+  const auto add = [&sum](const unsigned char* vector) {
+    uint64_t words[2];
+    std::memcpy(words, vector, sizeof(words));
+    for (const uint64_t word : words) sum = (sum ^ word) * 0x9e3779b97f4a7c15u + (sum >> 29);
+  };
+  if (product.maybe_a == nullptr) {
+    const MatrixView a(product.a);
+    for (uint32_t i = 0; i < 128; ++i) add(a.k_major(i / 2, i % 2 * 8));
+  }
+  const MatrixView b(product.b);
+  for (uint32_t i = 0; i < 2 * static_cast<uint32_t>(product.n); ++i) {
+    add(product.b_is_mn_major ? b.mn_major(i / 16 * 8, i % 16) : b.k_major(i / 2, i % 2 * 8));
+  }
+  return sum;
+}
 
 float half_of(uint32_t pair, int half, bool is_bfloat16) {
   const auto bits = static_cast<uint16_t>(pair >> (16 * half));
@@ -268,13 +304,16 @@ void run_product(size_t first_fiber, size_t number) {
   const auto thread = [&](int t) -> Fiber& { return machine.fiber(first_fiber + t); };
   const Product& first = thread(0).products[number].product;
   const int n = first.n;
+  if (checksum_of_operands(first) != thread(0).products[number].checksum) {
+    refuse("shared memory changed while a product read it");
+  }
   static thread_local float a[64][16], b[16][256], d[64][256];
   // Fragments as the PTX ISA draws them: warp w has rows 16 w .., lane = 4 * group + member.
   const auto row_of = [](int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; };
   if (first.maybe_a == nullptr) {
     const MatrixView view(first.a);
     for (int i = 0; i < 64; ++i) {
-      for (int k = 0; k < 16; ++k) a[i][k] = view.k_major(i, k, first.is_bfloat16);
+      for (int k = 0; k < 16; ++k) a[i][k] = value_of(view.k_major(i, k), first.is_bfloat16);
     }
   } else {
     for (int t = 0; t < kWarpgroup; ++t) {
@@ -288,8 +327,8 @@ void run_product(size_t first_fiber, size_t number) {
   const MatrixView view(first.b);
   for (int k = 0; k < 16; ++k) {
     for (int j = 0; j < n; ++j) {
-      b[k][j] = first.b_is_mn_major ? view.mn_major(j, k, first.is_bfloat16)
-                                    : view.k_major(j, k, first.is_bfloat16);
+      b[k][j] = value_of(first.b_is_mn_major ? view.mn_major(j, k) : view.k_major(j, k),
+                         first.is_bfloat16);
     }
   }
   const auto each_sum = [&](auto&& body) {
@@ -315,12 +354,12 @@ void run_product(size_t first_fiber, size_t number) {
 void finish_product(Fiber& fiber, const float* d) {
   Accumulator& accumulator = accumulator_of(fiber, d);
   if (--accumulator.num_products > 0) return;
-  const size_t bytes = accumulator.value.size() * sizeof(float);
-  const auto* held = reinterpret_cast<const unsigned char*>(accumulator.d);
-  if (!std::all_of(held, held + bytes, [](unsigned char byte) { return byte == 0xff; })) {
-    refuse("the sums of a product were written while it was under way");
+  for (size_t i = 0; i < accumulator.value.size(); ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, accumulator.d + i, sizeof(bits));
+    if (bits != kSumUnderWay) refuse("the sums of a product were written while it was under way");
+    accumulator.d[i] = accumulator.value[i];
   }
-  std::memcpy(accumulator.d, accumulator.value.data(), bytes);
   fiber.accumulators.erase(fiber.accumulators.begin() + (&accumulator - fiber.accumulators.data()));
 }
 
@@ -366,14 +405,20 @@ void wgmma(const Product& product, const Where& where) {
                                   [&](const auto& a) { return a.d == product.d; });
   if (known == self.accumulators.end()) {
     self.accumulators.push_back({product.d, {product.d, product.d + product.n / 2}, 1});
-    std::memset(product.d, 0xff, product.n / 2 * sizeof(float));
+    for (int i = 0; i < product.n / 2; ++i) {
+      std::memcpy(product.d + i, &kSumUnderWay, sizeof(kSumUnderWay));
+    }
   } else {
     if (static_cast<int>(known->value.size()) != product.n / 2) {
       refuse("products of different shapes under way on the same sums");
     }
     ++known->num_products;
   }
-  PendingProduct pending{product, {}, self.open_products};
+  PendingProduct pending{product, {}, self.open_products, 0};
+  if ((self.warp * 32 + self.lane) % kWarpgroup == 0) {
+    Machine::get().publish_fenced();
+    pending.checksum = checksum_of_operands(product);
+  }
   if (product.maybe_a != nullptr) std::copy_n(product.maybe_a, 4, pending.a);
   self.products.push_back(pending);
 }
@@ -391,14 +436,15 @@ void wgmma_wait(int pending, const Where& where) {
     refuse("threads of a warpgroup wait for different products");
   }
   waiting.pending = pending;
-  if (++waiting.arrived < kWarpgroup) {
-    machine.block("wgmma wait", where);
-    return;
-  }
-  waiting.arrived = 0;
-  run_products(index * kWarpgroup, pending);
-  for (int t = 0; t < kWarpgroup; ++t) machine.wake(machine.fiber(index * kWarpgroup + t));
-  machine.yield();
+  if (++waiting.arrived == kWarpgroup) machine.ready_products.push_back(index);
+  machine.block("wgmma wait", where);
+}
+
+void Machine::end_products(size_t warpgroup) {
+  const size_t first = warpgroup * kWarpgroup;
+  run_products(first, warpgroup_waits[warpgroup].pending);
+  warpgroup_waits[warpgroup] = {};
+  for (int t = 0; t < kWarpgroup; ++t) wake(fibers_[first + t]);
 }
 
 }  // namespace simt

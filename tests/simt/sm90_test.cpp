@@ -28,6 +28,8 @@ enum class Bug {
   kMissingProductWait,
   kMissingProductFence,
   kSumsTouchedUnderWay,
+  kSumsScaledUnderWay,
+  kReleasedBeforeProducts,
   kMissingProxyFence,
   kQueriesNotSwizzled,
   kWrongStep,
@@ -105,6 +107,7 @@ void consume(const Params<T>& params, Shared<T>& shared) {
     }
     ptx::wgmma_commit();
     if (kBug == Bug::kSumsTouchedUnderWay) scores[3][1] = 0.0f;
+    if (kBug == Bug::kSumsScaledUnderWay) scores[3][1] *= 0.5f;
     if (kBug != Bug::kMissingProductWait) ptx::wgmma_wait<0>();
     uint32_t a[kKeys / 16][4];
     for (int step = 0; step < kKeys / 16; ++step) {
@@ -119,8 +122,9 @@ void consume(const Params<T>& params, Shared<T>& shared) {
       ptx::wgmma<T, ptx::Major::kMN>(out, a[step], ptx::mn_major(values, panel_bytes, step), true);
     }
     ptx::wgmma_commit();
+    if (kBug == Bug::kReleasedBeforeProducts) ptx::arrive(&shared.empty[stage]);
     ptx::wgmma_wait<0>();
-    ptx::arrive(&shared.empty[stage]);
+    if (kBug != Bug::kReleasedBeforeProducts) ptx::arrive(&shared.empty[stage]);
   }
   for (int tile = 0; tile < kValueDim / 8; ++tile) {
     for (int i = 0; i < 4; ++i) {
@@ -259,6 +263,10 @@ TEST(a_missing_fence_before_products_is_an_error) {
 }
 TEST(sums_that_are_touched_too_early_are_an_error) {
   expect_error<Bug::kSumsTouchedUnderWay>("written while it was under way");
+  expect_error<Bug::kSumsScaledUnderWay>("written while it was under way");
+}
+TEST(a_stage_released_before_its_products_is_an_error) {
+  expect_error<Bug::kReleasedBeforeProducts>("changed while a product read it");
 }
 TEST(a_missing_proxy_fence_reads_nan) { expect_nan<Bug::kMissingProxyFence>(); }
 TEST(warps_that_issue_different_products_are_an_error) {
