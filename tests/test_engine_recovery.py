@@ -30,7 +30,7 @@ CLASSES = [["local", "global"], ["global", "local"], ["local", "global"]]
 WINDOW, SINK = 12, 3
 LENGTHS = (23, 31, 16, 40)
 SPARSE = {"dense_until": 1, "ffn_mass": 0.3, "recent_n": 2}
-SPAN = {"row_fraction": 0.2, "edge_rows": 3}
+SPAN = {"row_fraction": 0.2, "early_fraction": 0.1, "edge_rows": 3}
 POLICIES = {
     "naive": (Naive(), {"policy": "naive"}),
     "redknot": (RedKnot(), {}),
@@ -58,11 +58,15 @@ POLICIES = {
         LiveSpan(signal="attention_norm", **SPAN),
         {"policy": "live_span", "signal": "attention_norm", **SPAN},
     ),
+    "live span, cached local heads": (
+        LiveSpan(refresh_local=False, **SPAN),
+        {"policy": "live_span", "refresh_local": False, **SPAN},
+    ),
     "live span, boundary": (
         LiveSpan(boundary_rows=4, **SPAN), {"policy": "live_span", "boundary_rows": 4, **SPAN},
     ),
     "live span, sparse ffn": (
-        LiveSpan(ffn_mass=0.6, row_fraction=0.4),
+        LiveSpan(ffn_mass=0.6, row_fraction=0.4, edge_rows=4),
         {"policy": "live_span", "ffn_mass": 0.6, "row_fraction": 0.4, "edge_rows": 4,
          "ffn_signal": "foreign"},
     ),
@@ -87,9 +91,9 @@ SPAN_MAPS = {  # five layers; those with global heads may be any of them
 }  # fmt: skip
 
 
-def make(family, q_heads, kv_heads, options, *, classes=CLASSES, **engine_options):
+def make(family, q_heads, kv_heads, options, *, classes=CLASSES, metadata=None, **engine_options):
     model = tiny_model(family, q_heads, kv_heads, layers=len(classes), **options)
-    heads = HeadMap(classes, window=WINDOW, sink=SINK)
+    heads = HeadMap(classes, window=WINDOW, sink=SINK, metadata=metadata)
     engine = Engine(
         model, heads, kv_budget="32MiB", page_size=16, poison_freed_pages=True, **engine_options
     )
@@ -163,6 +167,27 @@ def test_live_span_may_begin_behind_a_global_head(first_layer, ffn):
     check(*make(*MODELS["llama"], classes=classes), LiveSpan(**options), rules)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_rows_are_picked_by_the_heads_that_matter(family):
+    """A weak head of layer 0 picks its few rows there; where rows enter, the strong one picks."""
+    classes = [["global", "local"], ["local", "local"], ["global", "global"],
+               ["local", "local"], ["local", "global"]]  # fmt: skip
+    kl = [[0.01, 9.0], [0.0, 0.0], [0.02, 1.0], [0.0, 0.0], [0.0, 0.5]]
+    made = make(*MODELS[family], classes=classes, metadata={"kv_head_kl": kl})
+    rules = rules_of(classes, policy="live_span", first_layer=2, probed=[1], **SPAN)
+    check(*made, LiveSpan(**SPAN), rules)
+    picked = rules.lived[2]
+    assert rules.lived[0].sum() < picked.sum() < rules.lived[0].sum() + 0.25 * len(picked)
+    for other in ({"probed": None}, {"early_fraction": 0.0}):
+        options = {"policy": "live_span", "first_layer": 2, "probed": [1], **SPAN, **other}
+        changed = rules_of(classes, **options)
+        model, _, texts, query = made
+        order = [texts[i] for i in (2, 0, 3, 1)]
+        cached = [reference.offline(model, [1], text) for text in order]
+        reference.recover(model, [1], order, query, cached, changed)
+        assert not torch.equal(changed.lived[2], picked)
+
+
 def test_the_span_begins_with_the_first_head_that_matters():
     classes = [["global", "local"], ["global", "global"], ["local", "local"], ["global", "local"]]
 
@@ -176,6 +201,9 @@ def test_the_span_begins_with_the_first_head_that_matters():
     assert begin([[0.01, 0], [0.02, 0.0], [0, 0], [0.9, 0]]) == 3
     assert begin([[0, 9.0], [0.1, 0.0], [9.0, 9.0], [0.2, 0]]) == 1  # local heads do not count
     assert begin([[0.1, 0.5]]) == 0  # of another shape: not of this map
+    unmeasured = float("nan")
+    assert begin([[0.01, unmeasured], [0.5, 0.5], [0, 0], [0, 0]]) == 1  # a local head
+    assert begin([[unmeasured, 0], [0.5, 0.5], [0, 0], [0, 0]]) == 0
     assert span_begin(HeadMap([["local"]], window=WINDOW, sink=SINK)) is None
     with pytest.raises(InputError, match="first_layer 2 is not a layer with a global head"):
         LiveSpan(first_layer=2).entry_layer(HeadMap(classes, window=WINDOW, sink=SINK))

@@ -100,7 +100,8 @@ def test_own_keys_counts_prefix_and_own_document(window):
 
 
 @pytest.mark.transformers
-def test_live_span_counts_what_it_computes():
+@pytest.mark.parametrize("refresh_local", [True, False])
+def test_live_span_counts_what_it_computes(refresh_local):
     """Every part, row by row, from which rows lived: nothing outside, no column too many."""
     model = tiny_model("llama", 4, 2, layers=5)  # hidden 64, ffn 96, head_dim 32, group 2
     classes = [["local"] * 2 for _ in range(5)]
@@ -112,7 +113,7 @@ def test_live_span_counts_what_it_computes():
     )
     rng = np.random.default_rng(0)
     documents = [engine.add(random_tokens(rng, n)) for n in lengths]
-    policy = LiveSpan(row_fraction=0.1, edge_rows=2)
+    policy = LiveSpan(row_fraction=0.1, edge_rows=2, refresh_local=refresh_local)
     prefill = engine.prefill(documents, random_tokens(rng, question), policy=policy)
     e, f, d, length = 64, 96, 32, 1 + sum(lengths) + question
     query = list(range(length - question, length))
@@ -125,12 +126,12 @@ def test_live_span_counts_what_it_computes():
                 live[layer] += [row for run in item.positions for row in range(*run)]
     assert [len(live[layer]) for layer in range(5)] == [4, 13, 13, 0, 0]
 
-    fresh = {1: live[0], 2: live[1], 3: live[2]}  # in global heads alone
+    fresh = {1: live[0], 2: live[1], 3: live[2]}
     parts = dict.fromkeys(("projections", "attention", "rotation", "ffn", "probe"), 0)
     for layer in range(5):
         rows = live[layer] + query
-        num_global = classes[layer].count("global")
-        key_rows = 2 * question + num_global * len(fresh.get(layer, []))
+        num_heads = 2 if refresh_local else classes[layer].count("global")
+        key_rows = 2 * question + num_heads * len(fresh.get(layer, []))
         parts["projections"] += 2 * 2 * e * 4 * d * len(rows) + 2 * 2 * e * d * key_rows
         parts["rotation"] += 3 * d * (4 * len(rows) + key_rows)
         parts["ffn"] += 6 * e * f * len(rows)

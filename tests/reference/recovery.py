@@ -33,6 +33,9 @@ class Rules:
     pick_layer: int = 1  # cacheblend
     row_fraction: float = 1.0  # live_span
     signal: str = "foreign"  # live_span
+    early_fraction: float = 0.0  # live_span
+    refresh_local: bool = True  # live_span
+    probed: list[int] | None = None  # live_span: heads that rows are picked by, not all global ones
     edge_rows: int = 0  # live_span
     first_layer: int | None = None  # live_span: not the first with a global head
     rows: list[int] | None = None  # live_span: instead of a pick, these and the edge
@@ -175,6 +178,7 @@ def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules)
     if rules.first_layer is not None:
         begin = rules.first_layer
     edge = first(max(rules.edge_rows, rules.boundary_rows))
+    early = edge  # rows that live from the embeddings on
     picked = moved  # what the pick left
     if rules.rows is not None:
         picked = edge | torch.isin(positions, torch.tensor(rules.rows, dtype=torch.long))
@@ -185,19 +189,20 @@ def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules)
         nothing, boundary = torch.zeros_like(moved), first(rules.boundary_rows)
         if rules.policy == "live_span" and layer == begin:
             stored = torch.cat([hidden[: len(prefix)], *(c.hidden[layer] for c in cached)])
-            enters = picked & ~edge
+            enters = picked & ~early
             hidden = torch.where(enters[:, None], torch.cat([stored, hidden[query_begin:]]), hidden)
         q, k, v = _project(model, layer, block.input_layernorm(hidden))
         # Fresh in global heads, fresh in local heads, live behind the projections.
+        span = boundary if layer > end else picked if layer > begin else early
         fresh, fresh_local, live = {
             "naive": (nothing, nothing, nothing),
             "redknot": (moved, boundary, moved),
             "epic": (first(rules.first_rows),) * 3,
             "cacheblend": (picked,) * 3,
             "live_span": (
-                boundary if layer > end else picked if layer > begin else edge,
-                boundary,
-                boundary if layer >= end else picked if layer >= begin else edge,
+                span,
+                span if rules.refresh_local else boundary,
+                boundary if layer >= end else picked if layer >= begin else early,
             ),
         }[rules.policy]
         if rules.policy == "cacheblend" and layer == rules.pick_layer:
@@ -229,18 +234,31 @@ def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules)
         weights = _weights(model, layer, q, k, masks, positions)[is_global]
         values = v.repeat_interleave(group, 0)[is_global]
         other = ((weights * foreign_key) @ values).double().square().sum((0, 2)).sqrt()
-        if rules.policy == "live_span" and layer == begin < end and rules.rows is None:
-            whole = (weights @ values).square().sum((0, 2)).sqrt()
-            signal = other if rules.signal == "foreign" else whole
-            count = ceil(rules.row_fraction * int(moved.sum()))
-            live = picked = edge | _top(signal, count, moved & ~edge)
+        if rules.policy == "live_span" and rules.rows is None and begin < end:
+            by = slice(None)
+            if layer == begin and rules.probed is not None:
+                by = [list(is_global.nonzero()).index(h) for h in range(len(is_global))
+                      if is_global[h] and h // group in rules.probed]  # fmt: skip
+            seen = (weights * foreign_key if rules.signal == "foreign" else weights)[by]
+            signal = (seen @ values[by]).double().square().sum((0, 2)).sqrt()
+            total = int(moved.sum())
+            drops = ceil(rules.row_fraction * total) < int((moved & ~edge).sum())
+            if layer == 0 < begin and is_global.any() and drops:
+                early = edge | _top(signal, ceil(rules.early_fraction * total), moved & ~edge)
+                live = early
+            if layer == begin:
+                count = ceil(rules.row_fraction * total)
+                live = picked = early | _top(signal, count, moved & ~early)
         live = live | is_query
         rules.lived[layer] = live
         hidden = hidden + added
         chosen = live
         brought += torch.where(live & ~is_query, other, 0.0)
         importance = out.norm(dim=-1).double() if rules.ffn_signal == "attention_norm" else brought
-        if layer >= rules.dense_until and rules.ffn_mass < 1 and (importance * live).any():
+        thins = layer >= rules.dense_until and rules.ffn_mass < 1
+        if rules.policy == "live_span" and layer < begin:
+            thins = False  # the few rows before the span are all computed
+        if thins and (importance * live).any():
             always = is_query | last | (edge if rules.policy == "live_span" else nothing)
             chosen = (_holding(importance * live, rules.ffn_mass) | always) & live
         rules.keep[layer] = chosen

@@ -25,7 +25,7 @@ def plot(path: str, heads: HeadMap, sizes: list[dict[str, float]] | None) -> Non
         raise InputError("--plot needs matplotlib: pip install 'redknot[plot]'") from None
     if not path.endswith(".png"):
         raise InputError(f"--plot must name a .png file, got {path}")
-    kl = _sensitivity(heads)
+    kl = heads.sensitivity
     panels = 1 + (kl is not None) + bool(sizes)
     height = float(np.clip(heads.num_layers / 6, 4, 14))
     figure = Figure(figsize=(5 * panels, height), layout="constrained")
@@ -40,15 +40,6 @@ def plot(path: str, heads: HeadMap, sizes: list[dict[str, float]] | None) -> Non
         figure.savefig(path, dpi=120)
     except OSError as error:
         raise InputError(f"{path}: cannot write it: {error.strerror or error}") from error
-
-
-def _sensitivity(heads: HeadMap) -> np.ndarray | None:
-    """The profile's KL per head, where the metadata hold one of the right shape."""
-    try:
-        kl = np.asarray(heads.metadata.get("kv_head_kl"), dtype=np.float64)
-    except (TypeError, ValueError):
-        return None
-    return kl if kl.shape == heads.is_global.shape else None
 
 
 def _draw_map(figure: Any, axis: Any, heads: HeadMap) -> None:

@@ -73,9 +73,8 @@ class LiveRows:
         self._prompt = prompt
         self._device = device
         self._tensors: dict[int, Tensor] = {}  # of the plan's arrays, which outlive this object
-        self._picked_from: np.ndarray | None = None
-        self._picked = self._index(np.empty(0))
-        self._always: np.ndarray = np.empty(0)
+        self._picked: dict[int, Tensor] = {}  # what picks kept, by the plan's array
+        self._always: np.ndarray | None = None  # of the picks so far
         self._query = self._index(prompt.layout.query_positions)
         self.key_positions = torch.from_numpy(prompt.key_positions()).int().to(device)
         self.foreign: Tensor | None = None
@@ -103,10 +102,10 @@ class LiveRows:
         return self._tensors[id(rows)]
 
     def now(self, rows: np.ndarray) -> Tensor:
-        """What a set of the plan stands for now: all of it, or what the pick kept."""
-        if rows is self._picked_from:
-            return self._picked
-        assert self._picked_from is None or len(rows) <= len(self._always)
+        """What a set of the plan stands for now: all of it, or what a pick kept."""
+        if id(rows) in self._picked:
+            return self._picked[id(rows)]
+        assert self._always is None or len(rows) <= len(self._always)
         return self.tensor(rows)
 
     def rank(self, rows: np.ndarray, part: Tensor) -> Tensor | None:
@@ -122,7 +121,7 @@ class LiveRows:
         """
         if rows is self._set:
             return hidden
-        if len(rows) > self.num_documents and rows is not self._picked_from:
+        if len(rows) > self.num_documents and id(rows) not in self._picked:
             return self._enter(rows, hidden)
         (hidden,) = self.keep(rows, hidden)
         return hidden
@@ -146,32 +145,30 @@ class LiveRows:
         return tuple(tensor[index] for tensor in of_rows)
 
     def _enter(self, rows: np.ndarray, hidden: Tensor) -> Tensor:
-        if self.foreign is not None:  # nothing yet for those that enter
-            positions = torch.cat([self.tensor(rows), self._query])
-            stay = torch.searchsorted(positions, self.positions)
-            self.foreign = self.foreign.new_zeros(len(positions)).index_copy(0, stay, self.foreign)
-        before = self._set
-        entering = np.setdiff1d(rows, before, assume_unique=True) if len(before) else rows
-        stored = self._prompt.hidden_of(entering, hidden)
-        num_before = self.num_documents
+        stored = self._prompt.hidden_of(rows, hidden)
+        before, num_before = self.positions, self.num_documents
         self._set = rows
         self._carry(self.tensor(rows))
         if not num_before:
-            return torch.cat([stored, hidden])
-        place = torch.empty(len(rows), dtype=torch.int64, device=self._device)
-        place[torch.searchsorted(self.documents, self.tensor(before))] = torch.arange(
-            num_before, device=self._device
-        )
-        place[torch.searchsorted(self.documents, self._index(entering))] = torch.arange(
-            num_before, len(rows), device=self._device
-        )
-        return torch.cat([torch.cat([hidden[:num_before], stored])[place], hidden[num_before:]])
+            entered = torch.cat([stored, hidden])
+        else:  # those that are carried already keep what they have
+            stay = torch.searchsorted(self.documents, before[:num_before])
+            stored = stored.index_copy(0, stay, hidden[:num_before])
+            entered = torch.cat([stored, hidden[num_before:]])
+        if self.foreign is not None:  # nothing yet for those that enter
+            stay = torch.searchsorted(self.positions, before)
+            self.foreign = self.foreign.new_zeros(len(entered)).index_copy(0, stay, self.foreign)
+        return entered
 
     def pick(self, pick: Pick, rows: np.ndarray, importance: Tensor) -> None:
-        """Decide what `rows` stands for from now on; `importance` [len(rows)], larger is kept."""
-        if len(pick.always):
-            always = torch.searchsorted(self.tensor(rows), self.tensor(pick.always))
-            importance = importance.index_fill(0, always, torch.inf)
-        chosen = importance.topk(pick.keep + len(pick.always)).indices.sort().values
-        self._picked = self.tensor(rows)[chosen]
-        self._picked_from, self._always = rows, pick.always
+        """Decide what `rows` stands for from now on; `importance` [len(rows)], larger is kept.
+
+        Of a set that holds what an earlier pick kept, all of that is kept again.
+        """
+        always = list(self._picked.values())[-1] if self._picked else self.tensor(pick.always)
+        if len(always):
+            index = torch.searchsorted(self.tensor(rows), always)
+            importance = importance.index_fill(0, index, torch.inf)
+        chosen = importance.topk(pick.keep + len(always)).indices.sort().values
+        self._picked[id(rows)] = self.tensor(rows)[chosen]
+        self._always = pick.always

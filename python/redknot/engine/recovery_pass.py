@@ -15,7 +15,7 @@ from redknot.cache.page_selection import PageSelector
 from redknot.engine.live_rows import LiveRows, Prompt
 from redknot.engine.signals import GlobalRows, foreign_part, kv_shift, select_rows
 from redknot.models.decoder import Decoder
-from redknot.recovery import FfnRule, FlopCounter, LayerPlan
+from redknot.recovery import FfnRule, FlopCounter, LayerPlan, Pick
 
 __all__ = ["HeadRules", "LayerTrace", "RecoveryPass", "TokenSlots"]
 
@@ -102,7 +102,7 @@ class RecoveryPass:
             shift = self._refresh_kv(layer, step, normed)
             if step.pick is not None:
                 if step.pick.by != "kv_shift":
-                    shift = self._probe(layer, normed, by=step.pick.by)
+                    shift = self._probe(layer, normed, step.pick)
                 assert shift is not None
                 rows.pick(step.pick, step.present, shift)
             hidden, normed = rows.keep(step.live, hidden, normed)
@@ -182,18 +182,19 @@ class RecoveryPass:
 
     # --- what makes a row important --------------------------------------------------------------
 
-    def _global_rows(self, layer: int) -> GlobalRows:
-        heads = self._heads[layer]
-        return GlobalRows.of(self._pool, self._session, layer, heads, self._prompt.layout)
+    def _global_rows(self, layer: int, heads: tuple[int, ...] | None = None) -> GlobalRows:
+        chosen = self._heads[layer] if heads is None else np.array(heads)
+        return GlobalRows.of(self._pool, self._session, layer, chosen, self._prompt.layout)
 
-    def _probe(self, layer: int, normed: Tensor, *, by: str) -> Tensor:
-        """Importance of every document row, by the global heads' attention alone."""
+    def _probe(self, layer: int, normed: Tensor, pick: Pick) -> Tensor:
+        """Importance of every document row, by the attention of global heads alone."""
         rows, decoder, counter = self._rows, self._decoder, self._counter
-        pages = self._global_rows(layer)
+        pages = self._global_rows(layer, pick.heads)
         num_rows, positions = rows.num_documents, rows.q_positions[: rows.num_documents]
         q = decoder.query(layer, normed[:num_rows], positions, pages.heads)
         out, lse = self._attend_global(
             layer,
+            pages.heads,
             q,
             *pages.everything(),
             self._tensor(np.array([0, num_rows])),
@@ -205,7 +206,7 @@ class RecoveryPass:
             if decoder.computes_columns(layer, "q_proj")
             else decoder.shape.num_kv_heads,
         )
-        if by == "attention_norm":
+        if pick.by == "attention_norm":
             return ops.token_importance(out)
         return self._foreign(layer, pages, q, out, lse)
 
@@ -217,7 +218,7 @@ class RecoveryPass:
         ends = self._tensor(np.array([document.end for document in layout.documents]), torch.int64)
         bounds = torch.searchsorted(rows.documents, ends).int()
         bounds = torch.cat([bounds.new_zeros(1), bounds])
-        own = self._attend_global(layer, q, *pages.own(), bounds)
+        own = self._attend_global(layer, pages.heads, q, *pages.own(), bounds)
         self._counter.own_attention(
             rows.documents, self._rules.windows[layer][list(pages.heads)], layout
         )
@@ -226,13 +227,14 @@ class RecoveryPass:
     def _attend_global(
         self,
         layer: int,
+        heads: tuple[int, ...],
         q: Tensor,
         row_indptr: np.ndarray,
         page_refs: np.ndarray,
         cu_seqlens_q: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Output and lse of the layer's global heads for the document rows."""
-        heads = self._heads[layer]
+        """Output and lse of some global heads of the layer for the document rows."""
+        chosen = list(heads)
         num_seqs = len(cu_seqlens_q) - 1
         return self._pool.attend_rows(
             q,
@@ -240,8 +242,8 @@ class RecoveryPass:
             page_refs,
             cu_seqlens_q=cu_seqlens_q,
             q_positions=self._rows.q_positions[: len(q)],
-            row_window=self._tensor(np.tile(self._rules.windows[layer][heads], num_seqs)),
-            row_sink=self._tensor(np.tile(self._rules.sinks[layer][heads], num_seqs)),
+            row_window=self._tensor(np.tile(self._rules.windows[layer][chosen], num_seqs)),
+            row_sink=self._tensor(np.tile(self._rules.sinks[layer][chosen], num_seqs)),
             inv_freq=self._decoder.inv_freq,
             softmax_scale=self._decoder.softmax_scale,
             return_lse=True,

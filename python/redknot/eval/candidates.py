@@ -101,10 +101,10 @@ def build_candidates(
     found += [Candidate(label, p, engine) for label, p in policies if label != "dense"]
     if controls:
         wrong, none = engine_for(other_heads(heads)), engine_for(_no_global_heads(heads))
+        ours = LiveSpan()
+        share = ours.row_fraction + ours.early_fraction
         found += [
-            Candidate(
-                "random rows", RandomRows(row_fraction=LiveSpan().row_fraction), engine, True
-            ),
+            Candidate("random rows", RandomRows(row_fraction=share), engine, True),
             Candidate("redknot, wrong heads", RedKnot(), wrong, True),
             Candidate("live_span, wrong heads", LiveSpan(), wrong, True),
             Candidate("redknot, no global heads", RedKnot(), none, True),

@@ -250,6 +250,19 @@ class HeadMap:
         return copy.deepcopy(self._metadata)
 
     @property
+    def sensitivity(self) -> NDArray[np.float64] | None:
+        """How far answers move when one head alone is local, fp64 [num_layers, num_kv_heads].
+
+        The KL in nats that `redknot profile` leaves as `kv_head_kl` in the metadata, NaN where a
+        head was not measured; None without such a matrix of the map's shape.
+        """
+        try:
+            found = np.asarray(self._metadata.get("kv_head_kl"), dtype=np.float64)
+        except (TypeError, ValueError):
+            return None
+        return found if found.shape == self._is_global.shape else None
+
+    @property
     def global_fraction(self) -> float:
         """Share of all (layer, KV head) pairs that keep everything."""
         return float(self._is_global.mean())

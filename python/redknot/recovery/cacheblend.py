@@ -11,6 +11,7 @@ from redknot.heads import HeadMap
 from redknot.recovery.options import check_shares
 from redknot.recovery.plan import NOTHING, LayerPlan, Pick, PromptLayout, RecoveryPlan
 from redknot.recovery.policy import Policy
+from redknot.recovery.span import span_begin
 
 __all__ = ["CacheBlend"]
 
@@ -28,8 +29,8 @@ class CacheBlend(Policy):
     ratio : float
         Share of the moved documents' rows that is kept.
     pick_layer : int or "after_first_global"
-        Published: 1. "after_first_global" takes the layer behind the head map's first global head,
-        where the K and V first show what that head brought.
+        Published: 1. "after_first_global" takes the layer behind the head map's first global head
+        that matters (see `LiveSpan.first_layer`), where the K and V first show what it brought.
     """
 
     ratio: float = 0.15
@@ -53,7 +54,7 @@ class CacheBlend(Policy):
         """Layer whose K and V decide; at most the last."""
         layer = self.pick_layer
         if layer == "after_first_global":
-            first = heads.first_global_layer
+            first = span_begin(heads)
             layer = 1 if first is None else first + 1
         return min(layer, heads.num_layers - 1)
 

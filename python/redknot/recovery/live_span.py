@@ -13,7 +13,13 @@ from redknot.heads import HeadMap
 from redknot.recovery.options import check_counts, check_shares, check_signals
 from redknot.recovery.plan import FfnRule, Pick, PromptLayout, RecoveryPlan, Signal
 from redknot.recovery.policy import Policy
-from redknot.recovery.span import SpanRows, span_begin, span_entry_layer, span_plan
+from redknot.recovery.span import (
+    SpanRows,
+    probed_heads,
+    span_begin,
+    span_entry_layer,
+    span_plan,
+)
 
 __all__ = ["LiveSpan"]
 
@@ -23,21 +29,31 @@ class LiveSpan(Policy):
     """Rows live only where they can matter, and only those that something reached.
 
     With the cached K/V of local heads taken as right, a row of a moved document differs from its
-    offline self only through global heads. So rows enter at the first layer with a global head,
-    from the hidden state that the offline pass stored there; that layer's global heads alone are
-    computed for all of them, and the rows that these heads change least are dropped at once and
-    keep their cached K/V. The others live until the last layer with a global head has their K
-    and V.
+    offline self only through global heads. So rows enter at the first layer with a global head that
+    matters, from the hidden state that the offline pass stored there; that layer's global heads
+    alone are computed for all of them, and the rows that these heads change least are dropped at
+    once and keep their cached K/V. The others live until the last layer with a global head has
+    their K and V. Where a weaker global head sits in layer 0, the few rows that it changes most are
+    carried from the embeddings on.
 
     Parameters
     ----------
     row_fraction : float
-        Share of the moved documents' rows that are kept, in [0, 1], edge rows not counted.
+        Share of the moved documents' rows that are kept, in [0, 1], edge and early rows not
+        counted.
+    early_fraction : float
+        Share of the rows that live from layer 0 on, in [0, 1], edge rows not counted: those into
+        which its global heads bring most. Nothing unless layer 0 has some and the span begins
+        later and drops rows.
     min_rows : int
         The least number of rows that are kept.
     signal : {"foreign", "attention_norm"}
         Which rows are kept: those with the largest part of the global heads' output that comes
         from other segments, or with the largest output. `RandomRows` is the control.
+    refresh_local : bool
+        Whether K/V of live rows replace the cached ones in local heads too, which read what global
+        heads of earlier layers brought. Costs private copies of the documents' pages during the
+        prefill; local heads give up what lies outside sink + window right behind it.
     ffn_mass : float
         From `dense_until` on, the FFN runs for the smallest set of live rows that holds this share
         of the importance. 1: every live row.
@@ -58,12 +74,14 @@ class LiveSpan(Policy):
     """
 
     row_fraction: float = 0.05
+    early_fraction: float = 0.01
     min_rows: int = 1
     signal: Literal["foreign", "attention_norm"] = "foreign"
+    refresh_local: bool = True
     ffn_mass: float = 1.0
     ffn_signal: Signal = "foreign"
     dense_until: int = 0
-    edge_rows: int = 4
+    edge_rows: int = 3
     boundary_rows: int = 0
     first_layer: int | None = None
     draw_seed: int = 0
@@ -71,7 +89,7 @@ class LiveSpan(Policy):
     name: ClassVar[str] = "live_span"
 
     def __post_init__(self) -> None:
-        check_shares(self, "row_fraction", zero=True)
+        check_shares(self, "row_fraction", "early_fraction", zero=True)
         check_shares(self, "ffn_mass")
         check_counts(self, "min_rows", "dense_until", "edge_rows", "boundary_rows", "first_layer")
         check_counts(self, "draw_seed")
@@ -89,12 +107,17 @@ class LiveSpan(Policy):
     def plan(self, layout: PromptLayout, heads: HeadMap) -> RecoveryPlan:
         """Rows from the first layer that matters to the last global head; picked in the first."""
         rows = SpanRows.of(layout, self.boundary_rows, self.edge_rows)
+        begin = span_begin(heads, self.first_layer)
         keep = max(math.ceil(self.row_fraction * len(rows.span)), self.min_rows)
-        pick = None
+        droppable = len(rows.span) - len(rows.edge) - keep
+        pick = early_pick = None
         if not keep:
             rows = replace(rows, span=rows.edge)
-        elif keep < len(rows.span) - len(rows.edge):
-            pick = Pick(keep, rows.edge, self.signal)
+        elif droppable > 0 and begin is not None:
+            pick = Pick(keep, rows.edge, self.signal, probed_heads(heads, begin))
+            early = min(math.ceil(self.early_fraction * len(rows.span)), droppable)
+            if early and span_entry_layer(heads, begin) and heads.is_global[0].any():
+                early_pick = Pick(early, rows.edge, self.signal)
         forced = np.concatenate([rows.edge, layout.query_positions])
 
         def ffn(layer: int) -> FfnRule | None:
@@ -102,22 +125,30 @@ class LiveSpan(Policy):
                 return None
             return FfnRule(self.ffn_mass, 1, forced, self.ffn_signal, self.draw_seed + layer)
 
-        begin = span_begin(heads, self.first_layer)
-        return RecoveryPlan(
-            span_plan(heads, begin, rows, pick=pick, ffn=ffn),
-            reason=self._reason(heads, begin, pick),
+        layers = span_plan(
+            heads,
+            begin,
+            rows,
+            pick=pick,
+            early_pick=early_pick,
+            refresh_local=self.refresh_local,
+            ffn=ffn,
         )
+        return RecoveryPlan(layers, reason=self._reason(heads, begin, pick, early_pick))
 
-    def _reason(self, heads: HeadMap, begin: int | None, pick: Pick | None) -> str:
+    def _reason(
+        self, heads: HeadMap, begin: int | None, pick: Pick | None, early_pick: Pick | None
+    ) -> str:
         which = "every row of a moved document"
+        most = {
+            "foreign": "into which they bring most from other documents",
+            "attention_norm": "with the largest output of these",
+        }[self.signal]
         if pick is not None:
-            most = {
-                "foreign": "into which they bring most from other documents",
-                "attention_norm": "with the largest output of these",
-            }[self.signal]
-            which = (
-                f"the {pick.keep} rows of the prompt {most}, by the global heads of layer {begin}"
-            )
+            which = f"the {pick.keep} rows of the prompt {most}, by the global heads of layer "
+            which += f"{begin} that matter" if pick.heads else f"{begin}"
+        if early_pick is not None:
+            which += f"; {early_pick.keep} more by those of layer 0"
         return (
             f"the first {self.edge_rows} of the document; {which}; none behind layer "
             f"{heads.last_global_layer}, the last with a global head"

@@ -108,23 +108,26 @@ class FfnRule:
 
 @dataclass(frozen=True)
 class Pick:
-    """Rows of documents that are chosen while the prefill runs; the others are dropped for good.
+    """Rows of documents that are chosen while the prefill runs; the others are dropped.
 
     Attributes
     ----------
     keep : int
-        How many rows are kept, `always` not counted.
+        How many rows are kept, `always` and what an earlier pick kept not counted.
     always : np.ndarray
-        Positions that are kept besides, ascending.
+        Positions that are kept besides, ascending; the same in all picks of a plan.
     by : {"foreign", "attention_norm", "kv_shift"}
         What is large for the rows that are kept. "foreign" and "attention_norm" are taken of the
         layer's global heads, whose queries alone are computed for it; "kv_shift" is how far the new
         K and V of all heads lie from the cached ones, so all rows' must be fresh in this layer.
+    heads : tuple of int, optional
+        The global KV heads that "foreign" and "attention_norm" are taken of; None: all of them.
     """
 
     keep: int
     always: np.ndarray
     by: Literal["foreign", "attention_norm", "kv_shift"]
+    heads: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ class LayerPlan:
     The query's rows are always live and fresh, and never listed. Of `live` and `fresh` one contains
     the other. Rows that the layer before did not carry enter from the documents' stored hidden
     states. From a pick on, a set stands for what was kept of it: it is either the very array that
-    the pick's layer had as `live`, or all of it is in `Pick.always`.
+    a pick's layer had as `live`, or all of it is in `Pick.always`. A second pick has an array of
+    its own, from which whatever the first one dropped may enter again.
 
     Attributes
     ----------

@@ -31,7 +31,7 @@ class RandomRows(Policy):
     """
 
     row_fraction: float = 0.05
-    edge_rows: int = 4
+    edge_rows: int = 3
     draw_seed: int = 0
 
     name: ClassVar[str] = "random_rows"

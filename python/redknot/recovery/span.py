@@ -6,12 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from redknot.errors import InputError
 from redknot.heads import HeadMap
 from redknot.recovery.plan import FfnRule, LayerPlan, Pick, PromptLayout
 
-__all__ = ["SpanRows", "span_begin", "span_entry_layer", "span_plan"]
+__all__ = ["SpanRows", "probed_heads", "span_begin", "span_entry_layer", "span_plan"]
 
 # A global head this many times less sensitive than the most sensitive one does not begin the span.
 _MATTERS = 0.1
@@ -49,19 +50,15 @@ class SpanRows:
 def span_begin(heads: HeadMap, chosen: int | None = None) -> int | None:
     """First layer of the span, `chosen` or the first one with a global head that matters.
 
-    By the sensitivities that `redknot profile` leaves in a map (`kv_head_kl`), a head matters that
-    has a tenth of the largest; without them every global head does. Rows picked by a head that
-    brings little are no better than random ones.
+    By the map's sensitivities (`HeadMap.sensitivity`) a head matters that has a tenth of the
+    largest; without them every global head does. Rows picked by a head that brings little are no
+    better than random ones.
     """
     if chosen is not None:
         if not 0 <= chosen < heads.num_layers or not heads.is_global[chosen].any():
             raise InputError(f"LiveSpan: first_layer {chosen} is not a layer with a global head")
         return chosen
-    sensitivity = np.asarray(heads.metadata.get("kv_head_kl", np.nan), dtype=np.float64)
-    if sensitivity.shape != heads.is_global.shape or not np.isfinite(sensitivity).all():
-        return heads.first_global_layer
-    sensitivity = sensitivity.clip(min=0) * heads.is_global
-    matters = heads.is_global & (sensitivity >= _MATTERS * sensitivity.max(initial=0.0))
+    matters = _heads_that_matter(heads)
     return int(matters.any(1).argmax()) if matters.any() else None
 
 
@@ -74,18 +71,37 @@ def span_entry_layer(heads: HeadMap, begin: int | None) -> int | None:
     return begin if begin and begin != heads.last_global_layer else None
 
 
+def probed_heads(heads: HeadMap, layer: int) -> tuple[int, ...] | None:
+    """Global heads of `layer` that rows are picked by: those that matter, or all if none does."""
+    matters = np.flatnonzero(_heads_that_matter(heads)[layer])
+    if len(matters) in (0, heads.is_global[layer].sum()):
+        return None
+    return tuple(matters.tolist())
+
+
+def _heads_that_matter(heads: HeadMap) -> NDArray[np.bool_]:
+    """Global heads with a tenth of the largest sensitivity; all, unless each was measured."""
+    sensitivity, is_global = heads.sensitivity, heads.is_global
+    if sensitivity is None or not np.isfinite(sensitivity[is_global]).all():
+        return is_global
+    largest = sensitivity[is_global].max(initial=0.0)
+    return is_global & (sensitivity >= _MATTERS * largest)
+
+
 def span_plan(
     heads: HeadMap,
     begin: int | None,
     rows: SpanRows,
     *,
     pick: Pick | None = None,
+    early_pick: Pick | None = None,
+    refresh_local: bool = True,
     ffn: Callable[[int], FfnRule | None] = lambda layer: None,
 ) -> tuple[LayerPlan, ...]:
     """Plan that carries `rows.span` from layer `begin` to the last layer with a global head.
 
-    In the first, and before it, clean rows have the K and V that are cached; those of global heads
-    are replaced in later layers, the last included, where the rows end before they attend.
+    In the first, and before it, clean rows have the K and V that are cached; they are replaced in
+    later layers, the last included, where the rows end before they attend.
 
     Parameters
     ----------
@@ -95,23 +111,30 @@ def span_plan(
     rows : SpanRows
     pick : Pick, optional
         Which rows are kept, in the span's first layer; the edge always is.
+    early_pick : Pick, optional
+        Rows that are carried from the embeddings on besides the edge, picked in layer 0; for a
+        span that begins later and a `pick`.
+    refresh_local : bool
+        Whether K and V of local heads are replaced too, and not those of global ones alone.
     ffn : callable
         The FFN's rule of a layer.
     """
     first, last = begin, heads.last_global_layer
     if first is None or last is None:
         return (LayerPlan(rows.boundary, rows.boundary, rows.boundary),) * heads.num_layers
+    assert early_pick is None or (pick is not None and first)
+    early = rows.edge if early_pick is None else rows.span.copy()  # a pick's set is its own
     layers = []
     for layer in range(heads.num_layers):
-        live = rows.span if layer >= first else rows.edge
-        fresh = rows.span if layer > first and heads.is_global[layer].any() else rows.edge
+        live = rows.span if layer >= first else early
+        fresh = rows.span if layer > first else early if layer else rows.edge
         layers.append(
             LayerPlan(
                 live if layer < last else rows.boundary,
                 fresh if layer <= last else rows.boundary,
-                rows.boundary,
+                fresh if refresh_local and 0 < layer <= last else rows.boundary,
                 ffn(layer) if first <= layer < last else None,
-                pick if layer == first < last else None,
+                pick if layer == first < last else early_pick if layer == 0 else None,
             )
         )
     return tuple(layers)
