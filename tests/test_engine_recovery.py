@@ -169,10 +169,10 @@ def test_live_span_may_begin_behind_a_global_head(first_layer, ffn):
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_rows_are_picked_by_the_heads_that_matter(family):
-    """A weak head of layer 0 picks its few rows there; where rows enter, the strong one picks."""
+    """A weak head of layer 0 picks its few rows; where all others enter, the strongest picks."""
     classes = [["global", "local"], ["local", "local"], ["global", "global"],
                ["local", "local"], ["local", "global"]]  # fmt: skip
-    kl = [[0.01, 9.0], [0.0, 0.0], [0.02, 1.0], [0.0, 0.0], [0.0, 0.5]]
+    kl = [[0.01, 9.0], [0.0, 0.0], [0.49, 1.0], [0.0, 0.0], [0.0, 0.5]]
     made = make(*MODELS[family], classes=classes, metadata={"kv_head_kl": kl})
     rules = rules_of(classes, policy="live_span", first_layer=2, probed=[1], **SPAN)
     check(*made, LiveSpan(**SPAN), rules)

@@ -130,7 +130,8 @@ def test_live_span_counts_what_it_computes(refresh_local):
     parts = dict.fromkeys(("projections", "attention", "rotation", "ffn", "probe"), 0)
     for layer in range(5):
         rows = live[layer] + query
-        num_heads = 2 if refresh_local else classes[layer].count("global")
+        every_head = refresh_local and layer < 3  # where rows attend
+        num_heads = 2 if every_head else classes[layer].count("global")
         key_rows = 2 * question + num_heads * len(fresh.get(layer, []))
         parts["projections"] += 2 * 2 * e * 4 * d * len(rows) + 2 * 2 * e * d * key_rows
         parts["rotation"] += 3 * d * (4 * len(rows) + key_rows)

@@ -194,6 +194,7 @@ def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules)
         q, k, v = _project(model, layer, block.input_layernorm(hidden))
         # Fresh in global heads, fresh in local heads, live behind the projections.
         span = boundary if layer > end else picked if layer > begin else early
+        local = picked if layer > begin else edge
         fresh, fresh_local, live = {
             "naive": (nothing, nothing, nothing),
             "redknot": (moved, boundary, moved),
@@ -201,7 +202,7 @@ def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules)
             "cacheblend": (picked,) * 3,
             "live_span": (
                 span,
-                span if rules.refresh_local else boundary,
+                local if rules.refresh_local and layer < end else boundary,
                 boundary if layer >= end else picked if layer >= begin else early,
             ),
         }[rules.policy]

@@ -51,9 +51,10 @@ class LiveSpan(Policy):
         Which rows are kept: those with the largest part of the global heads' output that comes
         from other segments, or with the largest output. `RandomRows` is the control.
     refresh_local : bool
-        Whether K/V of live rows replace the cached ones in local heads too, which read what global
-        heads of earlier layers brought. Costs private copies of the documents' pages during the
-        prefill; local heads give up what lies outside sink + window right behind it.
+        Whether K/V of live rows replace the cached ones in local heads too, so that other live rows
+        see what global heads of earlier layers brought. Costs private copies of the documents'
+        pages in the span during the prefill; local heads give up what lies outside sink + window
+        right behind it.
     ffn_mass : float
         From `dense_until` on, the FFN runs for the smallest set of live rows that holds this share
         of the importance. 1: every live row.
@@ -145,8 +146,8 @@ class LiveSpan(Policy):
             "attention_norm": "with the largest output of these",
         }[self.signal]
         if pick is not None:
-            which = f"the {pick.keep} rows of the prompt {most}, by the global heads of layer "
-            which += f"{begin} that matter" if pick.heads else f"{begin}"
+            heads_of = "strongest global heads" if pick.heads else "global heads"
+            which = f"the {pick.keep} rows of the prompt {most}, by the {heads_of} of layer {begin}"
         if early_pick is not None:
             which += f"; {early_pick.keep} more by those of layer 0"
         return (

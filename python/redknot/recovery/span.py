@@ -16,6 +16,8 @@ __all__ = ["SpanRows", "probed_heads", "span_begin", "span_entry_layer", "span_p
 
 # A global head this many times less sensitive than the most sensitive one does not begin the span.
 _MATTERS = 0.1
+# One this many times less sensitive than the most sensitive one of its layer picks no rows there.
+_PICKS = 0.5
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,15 @@ def span_entry_layer(heads: HeadMap, begin: int | None) -> int | None:
 
 
 def probed_heads(heads: HeadMap, layer: int) -> tuple[int, ...] | None:
-    """Global heads of `layer` that rows are picked by: those that matter, or all if none does."""
-    matters = np.flatnonzero(_heads_that_matter(heads)[layer])
-    if len(matters) in (0, heads.is_global[layer].sum()):
+    """Global heads of `layer` that rows are picked by; None: all of them.
+
+    Those with half of the layer's largest sensitivity: others hardly find rows that these do not.
+    """
+    sensitivity, among = heads.sensitivity, heads.is_global[layer]
+    if sensitivity is None or not np.isfinite(sensitivity[layer][among]).all():
         return None
-    return tuple(matters.tolist())
+    strong = among & (sensitivity[layer] >= _PICKS * sensitivity[layer][among].max())
+    return None if np.array_equal(strong, among) else tuple(np.flatnonzero(strong).tolist())
 
 
 def _heads_that_matter(heads: HeadMap) -> NDArray[np.bool_]:
@@ -115,7 +121,8 @@ def span_plan(
         Rows that are carried from the embeddings on besides the edge, picked in layer 0; for a
         span that begins later and a `pick`.
     refresh_local : bool
-        Whether K and V of local heads are replaced too, and not those of global ones alone.
+        Whether K and V of local heads are replaced too wherever rows attend, and not those of
+        global ones alone; before the span the edge's.
     ffn : callable
         The FFN's rule of a layer.
     """
@@ -128,11 +135,12 @@ def span_plan(
     for layer in range(heads.num_layers):
         live = rows.span if layer >= first else early
         fresh = rows.span if layer > first else early if layer else rows.edge
+        local = rows.span if layer > first else rows.edge
         layers.append(
             LayerPlan(
                 live if layer < last else rows.boundary,
                 fresh if layer <= last else rows.boundary,
-                fresh if refresh_local and 0 < layer <= last else rows.boundary,
+                local if refresh_local and 0 < layer < last else rows.boundary,
                 ffn(layer) if first <= layer < last else None,
                 pick if layer == first < last else early_pick if layer == 0 else None,
             )
