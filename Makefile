@@ -12,6 +12,11 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= $(shell nproc)
 
+# Prints the include folder of CUTLASS; importing it would want CUDA.
+CUTLASS_DIR := $(BIN)/python -c 'import importlib.util as u; \
+  print(*u.find_spec("cutlass_library").submodule_search_locations, sep="")' \
+  | sed 's|$$|/source/include|'
+
 NATIVE := $(shell find CMakeLists.txt cmake include csrc -type f)
 CPP := $(shell find csrc include tests -type f \
          \( -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
@@ -42,6 +47,7 @@ $(VENV)/.pins: constraints.txt pyproject.toml | $(BIN)/python
 	@command -v $${CXX:-c++} >/dev/null || { \
 	  echo "redknot: no C++ compiler found; on Debian or Ubuntu: apt-get install g++"; exit 2; }
 	$(PIP) -c constraints.txt setuptools wheel cmake ninja pybind11 torch==2.13.0
+	$(PIP) -c constraints.txt --no-deps nvidia-cutlass # headers, for tests/simt/cute
 	touch $@
 
 $(VENV)/.installed: setup.py $(VENV)/.pins
@@ -63,7 +69,7 @@ test: lint test-cpp test-python
 test-cpp: $(VENV)/.pins
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	  -DREDKNOT_SANITIZE=ON -DREDKNOT_BUILD_TESTS=ON -DREDKNOT_BUILD_PYTHON=OFF \
-	  -DREDKNOT_CUDA=OFF -DREDKNOT_WERROR=ON
+	  -DREDKNOT_CUDA=OFF -DREDKNOT_WERROR=ON -DREDKNOT_CUTLASS_DIR="$$($(CUTLASS_DIR))"
 	$(BIN)/cmake --build build/sanitize --parallel $(JOBS)
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --parallel $(JOBS)
 

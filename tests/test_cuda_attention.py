@@ -14,6 +14,7 @@ from test_op_attention import INTERLEAVED, REACH, ragged
 from torch import Tensor
 
 from redknot import ops
+from redknot.eval.bench.options import cuda_arch, is_hopper
 
 DEVICE = "cuda"
 DTYPES = [torch.bfloat16, torch.float16]
@@ -48,6 +49,8 @@ def check(rows: Rows, **options: object) -> None:
         (2, 256, 256),
         (5, 128, 128),
         (71, 64, 32),
+        (4, 128, 8),
+        (2, 64, 24),
     ],
 )
 def test_ragged_rows(dtype: torch.dtype, group: int, head_dim: int, page_size: int) -> None:
@@ -77,6 +80,44 @@ def test_many_tiles_and_splits(dtype: torch.dtype, head_dim: int) -> None:
         dtype=dtype,
     )
     check(rows)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [16, 24, 128])
+def test_small_kernels_of_both_architectures_agree(
+    dtype: torch.dtype, head_dim: int, page_size: int
+) -> None:
+    if not is_hopper(DEVICE):
+        pytest.skip("this GPU has only one of them")
+    document: list[Run] = [(0, 300, 0), (300, 170, 300), (470, 40, 0)]
+    inv_freq = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
+    rows = paged_rows(
+        [document, [(0, 64, 0), (400, 110, 0)]],
+        [range(380, 510)],
+        group=4,
+        head_dim=head_dim,
+        page_size=page_size,
+        window=[-1, 100],
+        sink=[0, 60],
+        dtype=dtype,
+    )
+    outs = []
+    for arch in ("sm_90a", "sm_80"):
+        with cuda_arch(arch):
+            check(rows, inv_freq=inv_freq)
+            outs.append(run(rows, inv_freq=inv_freq)[0])
+    torch.testing.assert_close(*outs, rtol=2e-2, atol=2e-2)
+
+
+def test_pages_that_the_copy_engine_cannot_describe() -> None:
+    rows = moved(ragged(torch.bfloat16, 4, 128, 32))
+    expected, _ = ops.seg_paged_attention(*rows.args())
+    # Slots outside, pages inside: no tensor map has such strides.
+    caches = [cache.transpose(0, 1).contiguous().transpose(0, 1) for cache in
+              (rows.k_cache, rows.v_cache)]  # fmt: skip
+    out, _ = ops.seg_paged_attention(*replace(rows, k_cache=caches[0], v_cache=caches[1]).args())
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_a_question_over_a_long_context_is_split() -> None:

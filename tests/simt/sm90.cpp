@@ -5,9 +5,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cuda/ptx/matrix_descriptor.h"
 #include "machine.hpp"
 
 namespace simt {
+namespace ptx = redknot::gpu::ptx;
 namespace {
 
 // Where the dynamic part of shared memory begins on the hardware.
@@ -308,8 +310,6 @@ void run_product(size_t first_fiber, size_t number) {
     refuse("shared memory changed while a product read it");
   }
   static thread_local float a[64][16], b[16][256], d[64][256];
-  // Fragments as the PTX ISA draws them: warp w has rows 16 w .., lane = 4 * group + member.
-  const auto row_of = [](int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; };
   if (first.maybe_a == nullptr) {
     const MatrixView view(first.a);
     for (int i = 0; i < 64; ++i) {
@@ -319,7 +319,7 @@ void run_product(size_t first_fiber, size_t number) {
     for (int t = 0; t < kWarpgroup; ++t) {
       const uint32_t* registers = thread(t).products[number].a;
       for (int i = 0; i < 8; ++i) {
-        a[row_of(t, i)][t % 4 * 2 + i % 2 + i / 4 * 8] =
+        a[ptx::fragment_row(t, i)][ptx::fragment_column(t, i)] =
             half_of(registers[i / 2], i % 2, first.is_bfloat16);
       }
     }
@@ -336,7 +336,7 @@ void run_product(size_t first_fiber, size_t number) {
       Fiber& fiber = thread(t);
       float* value = accumulator_of(fiber, fiber.products[number].product.d).value.data();
       for (int i = 0; i < n / 2; ++i) {
-        body(d[row_of(t, i % 4)][i / 4 * 8 + t % 4 * 2 + i % 2], value[i]);
+        body(d[ptx::fragment_row(t, i)][ptx::fragment_column(t, i)], value[i]);
       }
     }
   };

@@ -47,4 +47,13 @@ RK_HOST_DEVICE constexpr uint64_t mn_major(uint32_t panel, uint32_t panel_bytes,
                            kSwizzlePatternBytes);
 }
 
+// Which element of d [64, N] float i of a thread of the warpgroup is; and which of a [64, 16]
+// element i of its four registers.
+RK_HOST_DEVICE constexpr int fragment_row(int thread, int i) {
+  return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+}
+RK_HOST_DEVICE constexpr int fragment_column(int thread, int i) {
+  return thread % 4 * 2 + i % 2 + i / 4 * 8;
+}
+
 }  // namespace redknot::gpu::ptx

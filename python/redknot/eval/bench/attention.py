@@ -3,6 +3,7 @@
 Useful FLOPs and bytes are those of visible keys alone. Every peer that computes the same is
 compared with our output before it is timed; one that cannot do a case is named with its reason.
 On CUDA the plan is made beforehand, as an engine makes it once for all layers, and timed by itself.
+On Hopper, whose prefill has a kernel of its own, the kernel for GPUs before it is one of the peers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import torch
 
 from redknot.eval.bench.attention_peers import Peer, peers_of
-from redknot.eval.bench.options import Options
+from redknot.eval.bench.options import Options, cuda_arch, is_hopper
 from redknot.eval.bench.paged_inputs import Case, Paged, build
 from redknot.eval.bench.roofs import Roofs
 from redknot.eval.bench.rows import Row, measure_row
@@ -89,6 +90,8 @@ def _measure(name: str, case: Case, options: Options, roofs: Roofs) -> Row:
         peers.append(
             Peer("redknot, all global", Paged.attend, build(everything, options), to_tokens=None)
         )
+    if case.kind == "prefill" and is_hopper(options.device):
+        peers.append(Peer("redknot on sm_80", _attend_on_sm_80, inputs, to_tokens=lambda out: out))
     missing = {}
     for peer in peers:
         reason = _check(peer, inputs[0])
@@ -124,6 +127,12 @@ def _measure(name: str, case: Case, options: Options, roofs: Roofs) -> Row:
             **_plan_time(inputs, options),
         },
     )
+
+
+def _attend_on_sm_80(paged: Paged) -> torch.Tensor:
+    """The kernel that all GPUs before Hopper run."""
+    with cuda_arch("sm_80"):
+        return paged.attend()
 
 
 def _plan_time(inputs: list[Paged], options: Options) -> dict[str, float]:

@@ -16,7 +16,17 @@ from redknot.errors import InputError
 from redknot.eval.bench.shapes import SHAPES
 from redknot.recovery import ModelShape
 
-__all__ = ["DEVICES", "DTYPES", "PEERS", "Options", "cache_bytes", "chosen_isa", "use_threads"]
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "PEERS",
+    "Options",
+    "cache_bytes",
+    "chosen_isa",
+    "cuda_arch",
+    "is_hopper",
+    "use_threads",
+]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DEVICES = ("cpu", "cuda")
@@ -75,6 +85,22 @@ def chosen_isa(isa: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.redknot._cpu_isa(before)
+
+
+def is_hopper(device: str) -> bool:
+    """Whether CUDA kernels run on a GPU that has the choice between those of sm_80 and sm_90a."""
+    return device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+
+
+@contextmanager
+def cuda_arch(arch: str) -> Iterator[None]:
+    """Run no CUDA kernels newer than "sm_80" or "sm_90a"."""
+    before = torch.ops.redknot._cuda_arch("")
+    torch.ops.redknot._cuda_arch(arch)
+    try:
+        yield
+    finally:
+        torch.ops.redknot._cuda_arch(before)
 
 
 @dataclass(frozen=True)
