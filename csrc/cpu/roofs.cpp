@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <atomic>
 
 #include "dispatch.h"
@@ -17,11 +18,15 @@ int64_t dot_roof(const DotRoofParams& params, const Executor& executor) {
 
 float read_roof(const ReadRoofParams& params, const Executor& executor) {
   constexpr int64_t kChunkBytes = 1 << 20;
-  const int64_t num_chunks = params.num_bytes / kChunkBytes;
+  const int64_t chunk = std::max<int64_t>(1, kChunkBytes / params.piece_bytes);
   std::atomic<float> checksum{0.0f};
-  executor.parallel_for(num_chunks, 1, [&](int64_t begin, int64_t end) {
-    const auto* from = static_cast<const char*>(params.data) + begin * kChunkBytes;
-    checksum = checksum + kernels().read_roof(from, (end - begin) * kChunkBytes);
+  executor.parallel_for(params.num_reads, chunk, [&](int64_t begin, int64_t end) {
+    const auto* data = static_cast<const char*>(params.data);
+    float sum = 0.0f;
+    for (int64_t i = begin; i < end; ++i) {
+      sum += kernels().read_roof(data + params.order[i] * params.piece_bytes, params.piece_bytes);
+    }
+    checksum = checksum + sum;
   });
   return checksum;
 }

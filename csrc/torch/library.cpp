@@ -55,5 +55,5 @@ STABLE_TORCH_LIBRARY(redknot, m) {
   m.def("_cuda_arch(str arch) -> str");
   // Benchmarks measure with these what the machine can do.
   m.def("_cpu_dot_roof(Tensor like, int num_rounds) -> int");
-  m.def("_cpu_read_roof(Tensor data) -> float");
+  m.def("_cpu_read_roof(Tensor data, Tensor order) -> float");
 }

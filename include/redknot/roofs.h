@@ -15,10 +15,12 @@ struct DotRoofParams {
   DType dtype = DType::kFloat32;
 };
 
-// Reads `num_bytes` once, and nothing else.
+// Reads pieces of memory in a given order, and does nothing else.
 struct ReadRoofParams {
-  const void* data = nullptr;  // [num_bytes]
-  int64_t num_bytes = 0;
+  const void* data = nullptr;      // [num_pieces, piece_bytes]
+  const int32_t* order = nullptr;  // [num_reads], pieces
+  int64_t num_reads = 0;
+  int64_t piece_bytes = 0;
 };
 
 }  // namespace redknot

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from redknot.eval.bench.options import Options
-from redknot.eval.bench.paged_inputs import Case, Paged
+from redknot.eval.bench.paged_inputs import Case, Paged, copy_in_huge_pages
 
 __all__ = ["Peer", "peers_of"]
 
@@ -184,7 +184,7 @@ def _decode_peers(case: Case, inputs: list[Paged], options: Options) -> list[Pee
         for paged in inputs:
             pairs = [paged.contiguous(s, np.arange(shape.num_kv_heads))
                      for s in range(len(case.lengths))]  # fmt: skip
-            k, v = (torch.stack(part) for part in zip(*pairs, strict=True))
+            k, v = (copy_in_huge_pages(torch.stack(part)) for part in zip(*pairs, strict=True))
             dense.append((paged.q[:, :, None], k, v))
 
         def plain(qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -202,7 +202,9 @@ def _folded_rows(paged: Paged, classes: list[np.ndarray]) -> list[tuple[Tensor, 
         sequences = [s for s, own in enumerate(case.lengths) if own == length]
         for heads in classes:
             pairs = [paged.contiguous(s, heads) for s in sequences]
-            k, v = (torch.cat(part)[:, None] for part in zip(*pairs, strict=True))
+            k, v = (
+                copy_in_huge_pages(torch.cat(part)[:, None]) for part in zip(*pairs, strict=True)
+            )
             calls.append((q[sequences][:, heads].flatten(0, 1)[:, None].contiguous(), k, v))
     return calls
 

@@ -9,14 +9,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redknot import ops
+from redknot import _memory, ops
 from redknot.eval.bench.options import Options
 from redknot.recovery import ModelShape
 from redknot.recovery.ledger import visible_keys
 
-__all__ = ["Case", "Paged", "build", "fill_random"]
+__all__ = ["Case", "Paged", "build", "copy_in_huge_pages", "fill_random", "in_huge_pages"]
 
 _BLOCK = 1 << 20
+
+
+def in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
+    """Empty tensor like those of a page pool: in huge pages where the system has them."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if tensor.device.type == "cpu":
+        _memory.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
+def copy_in_huge_pages(tensor: Tensor) -> Tensor:
+    """A contiguous copy that a peer may read as fast as we read our pages."""
+    return in_huge_pages(tuple(tensor.shape), tensor.dtype, str(tensor.device)).copy_(tensor)
 
 
 def fill_random(tensor: Tensor, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -156,7 +169,8 @@ class Paged:
             taken.append((page[:, None] * case.page_size + torch.arange(case.page_size))[seen])
         index = torch.stack(taken).to(self.q.device)
         k, v = (
-            cache.view(-1, case.shape.head_dim)[index] for cache in (self.k_cache, self.v_cache)
+            copy_in_huge_pages(cache.view(-1, case.shape.head_dim)[index])
+            for cache in (self.k_cache, self.v_cache)
         )
         return k, v
 
@@ -183,9 +197,7 @@ def build(case: Case, options: Options) -> list[Paged]:
     scattered = np.random.default_rng(0).permutation(copies * next_page)
     caches = [
         fill_random(
-            torch.empty(
-                copies * next_page, case.page_size, shape.head_dim, dtype=dtype, device=device
-            ),
+            in_huge_pages((copies * next_page, case.page_size, shape.head_dim), dtype, device),
             seed=seed,
         )
         for seed in (1, 2)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from redknot.eval.bench.options import Options
+from redknot.eval.bench.paged_inputs import in_huge_pages
 from redknot.eval.bench.timing import seconds_per_call
 
 __all__ = ["Roofs", "measure_roofs"]
 
 _DOT_ROUNDS = 200_000
 _MAX_STREAM_BYTES = 1 << 30
+_STREAM_PIECE, _PAGE = (1 << 20) // 4, (16 << 10) // 4  # floats
 _SAMPLES = 7
 
 
@@ -31,11 +34,15 @@ class Roofs:
         of [8192, 8192]): the library may own matrix units that vector instructions do not reach.
     stream_gbps : float
         Reading memory beyond the cache (on CUDA: copying it, bytes read and written).
+    pages_gbps : float, optional
+        Reading it in scattered pages of 16 KiB (64 slots of 128 dimensions in bf16):
+        what decode could reach at most without arithmetic. None where it was not measured (CUDA).
     """
 
     dot_tflops: float | None
     gemm_tflops: float
     stream_gbps: float
+    pages_gbps: float | None = None
 
     @property
     def compute_tflops(self) -> float:
@@ -55,12 +62,15 @@ class Roofs:
             "dot_tflops": self.dot_tflops,
             "gemm_tflops": self.gemm_tflops,
             "stream_gbps": self.stream_gbps,
+            "pages_gbps": self.pages_gbps,
         }
 
     def __str__(self) -> str:
         dot = "" if self.dot_tflops is None else f"dot product {self.dot_tflops:.2f} TFLOP/s, "
+        pages = "" if self.pages_gbps is None else f", scattered pages {self.pages_gbps:.1f} GB/s"
         return (
-            f"{dot}torch matmul {self.gemm_tflops:.2f} TFLOP/s, stream {self.stream_gbps:.1f} GB/s"
+            f"{dot}torch matmul {self.gemm_tflops:.2f} TFLOP/s, "
+            f"stream {self.stream_gbps:.1f} GB/s{pages}"
         )
 
 
@@ -75,16 +85,22 @@ def measure_roofs(options: Options) -> Roofs:
     w = torch.randn(size, size, device=device).to(options.torch_dtype)
     gemm = 2 * x.shape[0] * w.numel() / _best(lambda: x @ w.T, device) / 1e12
     num_bytes = _MAX_STREAM_BYTES if cuda else 2 * options.rotation_bytes
-    data = torch.ones(num_bytes // 4, device=device)
     if cuda:
+        data = torch.ones(num_bytes // 4, device=device)
         other = torch.empty_like(data)
         seconds = _best(lambda: other.copy_(data), device)
         return Roofs(None, gemm, 2 * num_bytes / seconds / 1e9)
     probe = torch.ones(1, dtype=options.torch_dtype)
     flops = torch.ops.redknot._cpu_dot_roof(probe, _DOT_ROUNDS)
     dot = _best(lambda: torch.ops.redknot._cpu_dot_roof(probe, _DOT_ROUNDS), device)
-    stream = _best(lambda: torch.ops.redknot._cpu_read_roof(data), device)
-    return Roofs(flops / dot / 1e12, gemm, num_bytes / stream / 1e9)
+    data = in_huge_pages((num_bytes // 4,), torch.float32).fill_(1.0)
+    read = []
+    for piece, scattered in ((_STREAM_PIECE, False), (_PAGE, True)):
+        pieces = data[: len(data) // piece * piece].view(-1, piece)
+        order = torch.randperm(len(pieces)) if scattered else torch.arange(len(pieces))
+        call = partial(torch.ops.redknot._cpu_read_roof, pieces, order.int())
+        read.append(pieces.nbytes / _best(call, device) / 1e9)
+    return Roofs(flops / dot / 1e12, gemm, *read)
 
 
 def _best(work: Callable[[], object], device: str) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 from redknot.errors import InputError
 from redknot.eval.bench.attention_peers import Peer
 from redknot.eval.bench.options import Options
-from redknot.eval.bench.paged_inputs import Case, Paged, fill_random
+from redknot.eval.bench.paged_inputs import Case, Paged, fill_random, in_huge_pages
 
 __all__ = ["vllm_peers"]
 
@@ -88,9 +88,8 @@ def _peer(name: str, case: Case, inputs: list[Paged], isa: str, window: int) -> 
     exact = case.heads == "global"
     calls = []
     for paged in inputs if exact else inputs[: max(1, len(inputs) // 4)]:
-        cache = torch.zeros(
-            total, shape.num_kv_heads, 2 * _BLOCK_SIZE, shape.head_dim, dtype=paged.q.dtype
-        )
+        size = (total, shape.num_kv_heads, 2 * _BLOCK_SIZE, shape.head_dim)
+        cache = in_huge_pages(size, paged.q.dtype).zero_()
         key_cache, value_cache = cache.chunk(2, dim=2)
         table = torch.zeros(len(case.lengths), longest, dtype=torch.int32)
         first = 0
