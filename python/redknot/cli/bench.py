@@ -40,6 +40,14 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--batch", action="append", default=[], type=int, metavar="N", help="may be repeated"
     )
+    parser.add_argument(
+        "--kind", action="append", default=[], metavar="KIND",
+        help="prefill or decode: that part of `attention`",
+    )  # fmt: skip
+    parser.add_argument(
+        "--heads", action="append", default=[], metavar="HEADS",
+        help="global, local or mixed: these rows of `attention`; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--layers", type=int, default=0, help="layers of the slice of `ttft`")
     parser.add_argument(
         "--skip-peer", action="append", default=[], metavar="PEER", help="leave a peer out"
@@ -60,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     bench = bench_module(args.name)
 
     from redknot.eval.bench.address import address
-    from redknot.eval.bench.options import Options, chosen_isa, use_threads
+    from redknot.eval.bench.options import HEADS, KINDS, Options, chosen_isa, use_threads
     from redknot.eval.bench.roofs import measure_roofs
     from redknot.eval.bench.rows import cells, check_plot, plot, write_json
 
@@ -69,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
         models=tuple(args.model),
         contexts=tuple(args.context),
         batches=tuple(args.batch),
+        kinds=tuple(args.kind) or KINDS,
+        heads=tuple(args.heads) or HEADS,
         threads=args.threads,
         device=args.device,
         dtype=args.dtype,
@@ -118,6 +128,8 @@ def _words(args: argparse.Namespace) -> list[str]:
         ("--model", args.model),
         ("--context", args.context),
         ("--batch", args.batch),
+        ("--kind", args.kind),
+        ("--heads", args.heads),
         ("--skip-peer", args.skip_peer),
     ):
         for value in values:

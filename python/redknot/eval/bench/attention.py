@@ -23,7 +23,6 @@ from redknot.recovery import ModelShape
 
 __all__ = ["cases", "run"]
 
-_HEADS = ("global", "local", "mixed")
 # K and V of one case; peers hold a copy each.
 _MAX_CASE_BYTES = 1 << 30
 _MIN_COSINE = 0.999
@@ -52,13 +51,13 @@ def cases(options: Options) -> list[tuple[str, Case]]:
     batches = options.batches or (((1, 16) if cuda else (1,)) if options.quick else (1, 8, 32))
     found = []
     for names, shape in named.values():
-        for kind in ("prefill", "decode"):
+        for kind in options.kinds:
             for context in options.contexts or contexts[kind]:
                 mixes = [(context,) * batch for batch in (batches if kind == "decode" else (1,))]
                 if kind == "decode" and 32 in batches:
                     mixes.append(long_tailed(context))
                 for lengths in mixes:
-                    for heads in _HEADS:
+                    for heads in options.heads:
                         case = Case(shape, kind, heads, lengths)
                         if case.num_bytes(options.torch_dtype.itemsize) <= _MAX_CASE_BYTES:
                             found.append((", ".join(names), case))

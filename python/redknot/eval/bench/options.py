@@ -19,6 +19,8 @@ from redknot.recovery import ModelShape
 __all__ = [
     "DEVICES",
     "DTYPES",
+    "HEADS",
+    "KINDS",
     "PEERS",
     "Options",
     "cache_bytes",
@@ -30,6 +32,8 @@ __all__ = [
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DEVICES = ("cpu", "cuda")
+KINDS = ("prefill", "decode")
+HEADS = ("global", "local", "mixed")
 # What can be left out: `flex` compiles for a minute, `masked` needs memory for [context, context].
 PEERS = ("sdpa", "masked", "flex", "folded", "linear", "dense", "huggingface", "eager")
 
@@ -113,6 +117,8 @@ class Options:
         Few and small cases: under a minute.
     models, contexts, batches : tuple
         Instead of the benchmark's own; empty: its own.
+    kinds, heads : tuple of str
+        Which cases of `attention`, from `KINDS` and `HEADS`.
     threads : int
         0: as many as the process may use.
     device, dtype, isa : str
@@ -131,6 +137,8 @@ class Options:
     models: tuple[str, ...] = ()
     contexts: tuple[int, ...] = ()
     batches: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = KINDS
+    heads: tuple[str, ...] = HEADS
     threads: int = 0
     device: str = "cpu"
     dtype: str = "bfloat16"
@@ -145,6 +153,8 @@ class Options:
             ("--model", self.models, tuple(SHAPES)),
             ("--skip-peer", self.skip_peers, PEERS),
             ("--device", (self.device,), DEVICES),
+            ("--kind", self.kinds, KINDS),
+            ("--heads", self.heads, HEADS),
             ("--dtype", (self.dtype,), tuple(DTYPES)),
         ):
             for value in given:
