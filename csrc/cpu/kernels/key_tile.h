@@ -27,6 +27,7 @@ struct KeyTile {
   const char* k[kTileKeys];
   const char* v[kTileKeys];
   int32_t positions[kTileKeys];
+  bool broken[kTileKeys / 16];  // which sixteens of keys do not lie in one page
 
   int32_t first_position() const { return positions[0]; }
   int32_t last_position() const { return positions[count - 1]; }
@@ -36,6 +37,7 @@ struct KeyTile {
   // Whole vectors of keys: pad() repeats the first one behind the last.
   int padded_count() const { return (count + kLanes - 1) / kLanes * kLanes; }
   void pad() {
+    if (count % 16 != 0) broken[count / 16] = true;
     for (int i = count; i < padded_count(); ++i) {
       k[i] = k[0];
       v[i] = v[0];
@@ -60,6 +62,7 @@ class KeyTiles {
   // The next tile; empty when there is none.
   void read(KeyTile* tile) {
     tile->count = 0;
+    std::memset(tile->broken, 0, sizeof(tile->broken));
     while (ref_ < end_ && tile->count < tile_keys_) {
       const PageRef& ref = params_.page_refs[ref_];
       if (ref.first_position > last_query_) break;
@@ -87,6 +90,7 @@ class KeyTiles {
     const int64_t k_step = pool.k_slot_stride * int64_t{sizeof(T)};
     const int64_t v_step = pool.v_slot_stride * int64_t{sizeof(T)};
     tile->offset = ref.rotation_offset;
+    if (tile->count % 16 != 0) tile->broken[tile->count / 16] = true;
     for (int32_t i = 0; i < end - begin; ++i) {
       tile->k[tile->count + i] = k + i * k_step;
       tile->v[tile->count + i] = v + i * v_step;

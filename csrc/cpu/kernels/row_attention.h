@@ -55,9 +55,7 @@ class RowAttention {
     products_.score(tile, ahead);
     for (int64_t m = 0; m < rows_; ++m) {
       float* scores = products_.scores(m);
-      for (int i = 0; i < count; i += kLanes) {
-        store(scores + i, scale_.score(load(scores + i) * scale_.product));
-      }
+      scale(count, scores);
       for (int i = tile.count; i < count; ++i) scores[i] = -kInf;
       if (kind == TileClass::kPartial) mask(queries, m, tile, scores);
       softmax(m, count, scores, ahead);
@@ -96,6 +94,16 @@ class RowAttention {
     }
   }
 
+  void scale(int count, float* scores) const {
+    if (scale_.capped == 0.0f) {
+      for (int i = 0; i < count; i += kLanes) store(scores + i, load(scores + i) * scale_.product);
+    } else {
+      for (int i = 0; i < count; i += kLanes) {
+        store(scores + i, scale_.score(load(scores + i) * scale_.product));
+      }
+    }
+  }
+
   void softmax(int64_t m, int count, float* scores, FetchAhead& ahead) {
     Vec tile_max = load(scores);
     for (int i = kLanes; i < count; i += kLanes) tile_max = max(load(scores + i), tile_max);
@@ -109,7 +117,7 @@ class RowAttention {
     }
     Vec sum = {};
     for (int i = 0; i < count; i += kLanes) {
-      const Vec weight = exp2_nonpositive(load(scores + i) - base);
+      const Vec weight = Products::exp2(load(scores + i) - base);
       sum += weight;
       products_.set_weights(m, i, weight);
       ahead.step();

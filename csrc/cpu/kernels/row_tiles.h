@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "amx.h"
+#include "amx_exp2.h"
 #include "carver.h"
 #include "key_tile.h"
 #include "queries.h"
@@ -68,7 +69,7 @@ class RowTiles {
   void score(const KeyTile& tile, FetchAhead& ahead) {
     const int64_t row_bytes = columns_ * int64_t{sizeof(float)};
     for (int i = 0; i < tile.padded_count(); i += 16) {
-      const Block keys = block(tile.k + i, k_stride_);
+      const Block keys = block(tile.k + i, k_stride_, tile.broken[i / 16]);
       tile_zero<kScores>();
       for (int64_t d = 0; d < depth_; ++d) {
         ahead.step();
@@ -99,6 +100,7 @@ class RowTiles {
     }
   }
 
+  static Vec exp2(Vec x) { return exp2_weight(x); }
   float* scores(int64_t m) { return scores_ + m * kRowTileKeys; }
   void set_weights(int64_t m, int i, Vec weights) {
     float* even = weights_ + even_row(m) * kRowTileKeys + i;
@@ -164,10 +166,8 @@ class RowTiles {
   int64_t even_row(int64_t m) const { return m / block_ * 2 * block_ + m % block_; }
 
   // Copied if they do not lie evenly or a tile would reach beyond the slot.
-  Block block(const char* const* rows, int64_t stride) {
-    bool even = head_dim_ % 32 == 0;
-    for (int i = 1; i < 16; ++i) even &= rows[i] - rows[0] == i * stride;
-    if (even) return {rows[0], stride};
+  Block block(const char* const* rows, int64_t stride, bool broken) {
+    if (!broken && head_dim_ % 32 == 0) return {rows[0], stride};
     const int64_t bytes = depth_ * 64;
     auto* staged = reinterpret_cast<char*>(staged_);
     for (int i = 0; i < 16; ++i) {
@@ -222,7 +222,7 @@ class RowTiles {
     const float* weights = weights_ + row * kRowTileKeys;
     each_sum<Tiles>([&]<int C>() { tile_load<kSums + C>(out + C * 16, out_stride); });
     for (int i = 0; i < tile.padded_count(); i += 16) {
-      const Block values = block(tile.v + i, v_stride_);
+      const Block values = block(tile.v + i, v_stride_, tile.broken[i / 16]);
       tile_load<kWeights>(weights + i, kRowTileKeys * sizeof(float));
       each_sum<Tiles>([&]<int C>() {
         ahead.step();

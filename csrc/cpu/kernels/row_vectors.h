@@ -92,6 +92,7 @@ class RowVectors {
     for (int64_t d = 0; d < padded_; d += kLanes) store(out + d, load(out + d) * factor);
   }
 
+  static Vec exp2(Vec x) { return exp2_nonpositive(x); }
   float* scores(int64_t m) { return scores_ + m * kRowTileKeys; }
   void set_weights(int64_t m, int i, Vec weights) { store(scores(m) + i, weights); }
 
