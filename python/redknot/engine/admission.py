@@ -94,7 +94,7 @@ class Admission:
         windows, sinks = heads.rules(decoder.sliding_windows)
         rules = HeadRules(heads.is_global, windows, sinks, PageSelector.of(heads))
         # What the policy does not read from the cache may go.
-        keep = self._documents.keys(documents if policy.reuses_documents else ())
+        keep = self._documents.keys(documents) if policy.reuses_documents else set()
         chain_name = None
         if share_recovered and policy.reuses_documents and documents:
             chain_name = chain_key(self._documents.chain(documents), policy, heads)

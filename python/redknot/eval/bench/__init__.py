@@ -20,6 +20,7 @@ BENCHES: dict[str, str] = {
     "allocator": "redknot.eval.bench.allocator",
     "ttft": "redknot.eval.bench.ttft",
     "capacity": "redknot.eval.bench.capacity",
+    "decode": "redknot.eval.bench.decode_step",
     "store": "redknot.eval.bench.store",
 }
 

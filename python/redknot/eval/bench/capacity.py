@@ -1,18 +1,19 @@
 """How many sessions a fixed pool admits, head-aware beside monolithic, and how fast they decode.
 
-The pool holds 16 monolithic sessions (24 without `--quick`) of a slice of layers that keeps the
-global fraction of the published head map; KV heads, page size and lengths are the model's. Head
-dimension and hidden size are small: they scale bytes and time alike, and no count of sessions
-depends on them. Sessions are admitted by the engine until it refuses one, each with a question and
-with room for its whole answer. The first ones are recovered by computing; of those that follow only
-the pages are taken, the same ones by the same calls, and `computed` says how many were which.
+The pool holds exactly 16 monolithic sessions (without `--quick` up to 64 of short ones) of a slice
+of layers that keeps the global fraction of the published head map; KV heads, page size and lengths
+are the model's. Head dimension and hidden size are small: they scale bytes and time alike, and no
+count of sessions depends on them. Sessions are admitted by the engine until it refuses one, each
+with a question and with room for its whole answer. The first one of a model and context is
+recovered by computing; of those that follow only the pages are taken, the same ones by the same
+calls, and `computed` says how many were which.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ import torch
 
 from redknot.engine import Engine
 from redknot.engine.admission import Admitted
+from redknot.engine.runner import HeadRules, LayerTrace, Prompt
 from redknot.errors import BudgetError
-from redknot.eval.bench.decode_batch import decode_rows
+from redknot.eval.bench import decode_step
 from redknot.eval.bench.options import Options
 from redknot.eval.bench.roofs import Roofs
 from redknot.eval.bench.rows import Row
@@ -30,16 +32,19 @@ from redknot.recovery import Dense, Policy, RedKnot
 
 __all__ = ["CapacityRow", "run"]
 
-_HEAD_DIM, _HIDDEN, _VOCAB, _KV_HEADS, _PAGE_SIZE = 16, 64, 256, 8, 64
+_HEAD_DIM, _HIDDEN, _VOCAB, _KV_HEADS = 8, 64, 256, 8
 _DOCUMENTS, _QUESTION_TOKENS, _ANSWER_TOKENS = 8, 64, 960
-_MOST_SESSIONS = 2000  # where everything is shared the end is far away
+_PAGE_SIZE, _SMALL_PAGE_SIZE = 64, 16
+_MOST_RATIO = 40  # where everything is shared the end is far away
+_POOL_TOKENS = 3 << 19  # of the monolithic sessions together
+_MOST_STEPS, _DECODE_SECONDS = 3, 2.0
 
 # Global KV heads in each layer of the slice, after the published maps: Qwen3-32B has 4 or 5 of 8 in
-# the last quarter of its layers (15.0 % in all), Llama-70B 4 of 8 there (12.5 %), Mistral-7B all in
-# five layers of eight, the first ones (62.5 %).
+# the last 14 of its 64 layers (15.0 % in all), Llama-70B 4 of 8 in the last quarter (12.5 %),
+# Mistral-7B all in five layers of eight, the first ones (62.5 %).
 _SLICES = {
-    "Mistral-7B": ((8, 8, 8, 8, 8, 0, 0, 0), 4096),
-    "Qwen3-32B": ((0, 0, 0, 5), 4096),
+    "Mistral-7B": ((8, 8, 4, 0), 4096),
+    "Qwen3-32B": ((0, 0, 0, 1, 5), 4096),
     "Llama-3.3-70B": ((0, 0, 0, 4), 8192),
 }
 _SINK = 4
@@ -58,71 +63,87 @@ class CapacityRow(Row):
 
 
 def run(options: Options, roofs: Roofs) -> list[Row]:
-    """Fill the pools, then decode a ragged batch."""
+    """Fill the pools; without chosen contexts, decode a ragged batch too (see `decode`)."""
     rows: list[Row] = []
-    for name, context, windows in _cases(options):
+    cases = list(_cases(options))
+    for number, (name, context, windows, page_size) in enumerate(cases, 1):
+        told = replace(options, progress=_numbered(options, number, len(cases)))
         globals_per_layer, own_window = _SLICES[name]
+        pool = _Pool(name, globals_per_layer, context, told, page_size=page_size)
         for window in windows or (own_window,):
             if window < context:
-                rows += _Pool(name, globals_per_layer, context, window, options).rows()
-    return [*rows, *decode_rows(options, roofs)]
+                rows += pool.rows(window)
+    return rows if options.contexts else [*rows, *decode_step.run(options, roofs)]
 
 
-def _cases(options: Options) -> list[tuple[str, int, tuple[int, ...]]]:
-    """(model, context, windows); no windows: the published one."""
+def _numbered(options: Options, number: int, count: int) -> Callable[[str], None]:
+    return lambda line: options.progress(f"[{number}/{count}] {line}")
+
+
+def _cases(options: Options) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
+    """(model, context, windows, page size); no windows: the published one."""
     if options.quick:
-        return [("Llama-3.3-70B", 32_768, (1024,)), ("Qwen3-32B", 8192, ())]
-    names = options.models or tuple(_SLICES)
-    contexts = options.contexts or (8192, 32_768, 131_072)
-    cases: list[tuple[str, int, tuple[int, ...]]] = []
-    for name in names:
-        for context in contexts:
-            cases.append((name, context, ()))
-            if name != "Mistral-7B":
-                cases.append((name, context, (256, 1024)))
-    return cases
+        yield "Llama-3.3-70B", 32_768, (1024,), _PAGE_SIZE
+        yield "Qwen3-32B", 8192, (), _PAGE_SIZE
+        return
+    for name in options.models or tuple(_SLICES):
+        for context in options.contexts or (8192, 32_768, 131_072):
+            yield name, context, (_SLICES[name][1], 1024, 256), _PAGE_SIZE
+            if context == 32_768:  # how much of the ceiling whole pages cost
+                yield name, context, (1024,), _SMALL_PAGE_SIZE
 
 
 class _Pool:
-    """One model, context and window: the same pool filled in every way."""
+    """One model and context: the same pool filled in every way."""
 
     def __init__(
         self,
         name: str,
         globals_per_layer: tuple[int, ...],
         context: int,
-        window: int,
         options: Options,
+        *,
+        page_size: int | None = None,
     ) -> None:
-        self.name, self.context, self.window, self.options = name, context, window, options
-        classes = [["global"] * g + ["local"] * (_KV_HEADS - g) for g in globals_per_layer]
-        self.heads = HeadMap(classes, window=window, sink=_SINK)
-        self.num_rows = len(classes) * _KV_HEADS
-        self.num_monolithic = 16 if options.quick else 24
-        # Prompt and answer, a ragged page for each document, the prefix and the question.
-        pages = -(-(context + _ANSWER_TOKENS) // _PAGE_SIZE) + _DOCUMENTS + 2
-        page_bytes = 2 * _PAGE_SIZE * _HEAD_DIM * options.torch_dtype.itemsize
+        self.name, self.context, self.options = name, context, options
+        self.globals_per_layer = globals_per_layer
+        self.page_size = page_size or _PAGE_SIZE
+        self.num_rows = len(globals_per_layer) * _KV_HEADS
+        sessions = 16 if options.quick else _POOL_TOKENS // context
+        self.num_monolithic = min(max(sessions, 16), 64)
+        pages = -(-(context + _ANSWER_TOKENS) // self.page_size)
+        page_bytes = 2 * self.page_size * _HEAD_DIM * options.torch_dtype.itemsize
         self.budget = self.num_monolithic * pages * self.num_rows * page_bytes
-        self.model = _model(len(classes), context, options)
+        self.model = _model(len(globals_per_layer), context, options)
         self.rng = np.random.default_rng(0)
         body = context - 1 - _QUESTION_TOKENS
         self.lengths = np.diff(np.linspace(0, body, _DOCUMENTS + 1).astype(int)).tolist()
+        self._monolithic: _Filled | None = None
 
-    def rows(self, computed: int = 1) -> list[CapacityRow]:
+    def rows(self, window: int, computed: int = 1) -> list[CapacityRow]:
         """Monolithic sessions, then the three ways to share documents.
 
-        So many sessions of each are recovered by computing.
+        So many sessions of the first way, and of the pool's first window, are recovered by
+        computing; with more than one, of every way and window.
         """
-        engine = self._engine(self.heads)
-        documents = self._documents(engine)
-        engine.prefill(documents, self._question())  # computed once, so that it can be replayed
-        monolithic = self._fill(engine, lambda: documents, Dense(), computed=0, share=False)
+        classes = [["global"] * g + ["local"] * (_KV_HEADS - g) for g in self.globals_per_layer]
+        heads = HeadMap(classes, window=window, sink=_SINK)
+        engine = self._engine(heads)
+        if self._monolithic is None:
+            self._monolithic = self._fill(
+                engine, lambda: self._documents(engine), Dense(), computed=0, share=False
+            )
+        elif computed == 1:
+            computed = 0
         rows: list[CapacityRow] = []
         for shared in ("none", "same_order", "any_order"):
             engine.clear()
+            replay = _Replay(engine)
+            replay.skips = not computed
             documents = self._documents(engine) if shared != "none" else []
+            replay.close()
 
-            def order(engine: Engine = engine, shared: str = shared, docs: Any = documents) -> Any:
+            def order(shared: str = shared, docs: Any = documents) -> Any:
                 if shared == "none":
                     return self._documents(engine)
                 return docs if shared == "same_order" else self.rng.permutation(docs).tolist()
@@ -130,11 +151,14 @@ class _Pool:
             filled = self._fill(
                 engine, order, RedKnot(), computed=computed, share=shared == "same_order"
             )
-            rows.append(self._row(shared, filled, monolithic))
+            rows.append(self._row(heads, window, shared, filled, self._monolithic))
+            computed = computed if computed > 1 else 0
         return rows
 
     def _engine(self, heads: HeadMap) -> Engine:
-        engine = Engine(self.model, heads, kv_budget=self.budget, page_size=_PAGE_SIZE, chat=False)
+        engine = Engine(
+            self.model, heads, kv_budget=self.budget, page_size=self.page_size, chat=False
+        )
         for pages in (engine.pool.k_cache, engine.pool.v_cache):
             pages.fill_(0.01)  # every page is real memory before anything is timed
         return engine
@@ -156,10 +180,13 @@ class _Pool:
     ) -> _Filled:
         """Admit sessions until the pool refuses one, then decode with all of them."""
         admitted: list[Admitted] = []
+        limit = _MOST_RATIO * self.num_monolithic
         replay = _Replay(engine)
         try:
-            while len(admitted) < _MOST_SESSIONS:
-                self.options.progress(f"capacity {self.name} {self.context}: {len(admitted)}")
+            while len(admitted) < limit:
+                self.options.progress(
+                    f"{self.name} {self.context} {policy.name}: {len(admitted)} sessions"
+                )
                 replay.skips = len(admitted) >= computed
                 reserved = {one.session: _ANSWER_TOKENS for one in admitted}
                 try:
@@ -176,7 +203,7 @@ class _Pool:
                 except BudgetError:
                     break
             replay.close()
-            filled = _Filled(len(admitted), min(computed, len(admitted)), _MOST_SESSIONS)
+            filled = _Filled(len(admitted), min(computed, len(admitted)), limit)
             filled.account(engine)
             filled.seconds_per_step = _decode_seconds(engine, admitted)
             return filled
@@ -185,9 +212,11 @@ class _Pool:
             for one in admitted:
                 engine.pool.allocator.release_session(one.session)
 
-    def _row(self, shared: str, filled: _Filled, monolithic: _Filled) -> CapacityRow:
-        fraction = self.heads.global_fraction
-        kept = min(1.0, (self.window + _SINK) / (self.context + _ANSWER_TOKENS))
+    def _row(
+        self, heads: HeadMap, window: int, shared: str, filled: _Filled, monolithic: _Filled
+    ) -> CapacityRow:
+        fraction = heads.global_fraction
+        kept = min(1.0, (window + _SINK) / (self.context + _ANSWER_TOKENS))
         ceiling = {
             "none": 1 / (fraction + (1 - fraction) * kept),
             "any_order": 1 / fraction,
@@ -198,14 +227,14 @@ class _Pool:
         return CapacityRow(
             kind="capacity",
             heads="mixed",
-            shape=f"{self.name} {self.context} window {self.window} {shared}: {filled.sessions} "
+            shape=f"{self.name} {self.context} window {window} {shared}: {filled.sessions} "
             f"sessions, {ratio:.1f}x{beside}",
             time_ms=1e3 * filled.seconds_per_step,
             spread_ms=0.0,
             figures={
                 "model": self.name,
                 "context": self.context,
-                "window": self.window,
+                "window": window,
                 "sink": _SINK,
                 "global_fraction": fraction,
                 "shared_documents": shared,
@@ -213,15 +242,16 @@ class _Pool:
                 "sessions_monolithic": monolithic.sessions,
                 "ratio": ratio,
                 "ratio_formula": ceiling,
+                "share_of_formula": None if ceiling is None else ratio / ceiling,
                 "stopped_before_full": filled.sessions >= filled.limit,
                 "computed": filled.computed,
                 "pages": filled.pages,
                 "tokens_per_second": filled.sessions / filled.seconds_per_step,
                 "tokens_per_second_monolithic": monolithic.sessions / monolithic.seconds_per_step,
-                "layers": self.heads.num_layers,
+                "layers": heads.num_layers,
                 "num_kv_heads": _KV_HEADS,
                 "head_dim": _HEAD_DIM,
-                "page_size": _PAGE_SIZE,
+                "page_size": self.page_size,
                 "documents": _DOCUMENTS,
                 "question_tokens": _QUESTION_TOKENS,
                 "answer_tokens": _ANSWER_TOKENS,
@@ -251,34 +281,48 @@ class _Filled:
 
 
 class _Replay:
-    """Lets prefills and offline passes return what the last computed one of their kind returned.
+    """Lets prefills and offline passes do all that concerns pages, and compute nothing.
 
-    Pages are found, taken and released by the same calls; only their contents are not computed.
+    Pages are found, taken and released by the same calls; only their contents are not written.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.skips = False
         self._runner: Any = engine._runner
-        for name in ("prefill", "encode", "extend"):
-            setattr(self._runner, name, self._around(name, getattr(self._runner, name)))
+        self._skipped: dict[str, Callable[..., Any]] = {
+            "prefill": self._prefill,
+            "encode": self._encode,
+            "extend": self._extend,
+        }
+        for name, skipped in self._skipped.items():
+            setattr(self._runner, name, self._around(getattr(self._runner, name), skipped))
 
-    def _around(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        cache = self._runner.__dict__.setdefault("_replayed", {})
+    def _around(self, real: Callable[..., Any], skipped: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (skipped if self.skips else real)(*args, **kwargs)
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if not self.skips or name not in cache:
-                cache[name] = real(*args, **kwargs)
-            elif name == "extend":  # appends are part of the admission
-                sessions, _, num_tokens, _ = args
-                pool = self._runner.pool
-                pool.copy(pool.allocator.append_tokens(sessions, num_tokens, expire_first=True))
-            return cache[name]
+    def _prefill(self, session: int, prompt: Prompt, rules: HeadRules, **options: Any) -> Any:
+        rows: dict[int, torch.Tensor] = {}  # layers that agree share one
 
-        return call
+        def tensor(positions: np.ndarray) -> torch.Tensor:
+            return rows.setdefault(id(positions), torch.from_numpy(positions))
+
+        trace = [
+            LayerTrace(tensor(step.live), tensor(step.fresh), tensor(step.fresh_local))
+            for step in prompt.plan.layers
+        ]
+        return torch.zeros(_VOCAB), trace
+
+    def _encode(self, *args: Any, **options: Any) -> None:
+        return None
+
+    def _extend(self, sessions: Any, token_ids: Any, num_tokens: Any, rules: Any) -> torch.Tensor:
+        pool = self._runner.pool  # appends are part of the admission
+        pool.copy(pool.allocator.append_tokens(sessions, num_tokens, expire_first=True))
+        return torch.zeros(len(sessions), _VOCAB)
 
     def close(self) -> None:
         """Compute everything from now on."""
-        for name in ("prefill", "encode", "extend"):
+        for name in self._skipped:
             self._runner.__dict__.pop(name, None)
 
 
@@ -286,12 +330,12 @@ def _decode_seconds(engine: Engine, admitted: list[Admitted]) -> float:
     """Median time of a step in which every session decodes one token."""
     sessions, rules = [one.session for one in admitted], [one.rules for one in admitted]
     token_ids = torch.full((len(sessions),), 5)
-    times = []
-    for _ in range(4):
+    times: list[float] = []
+    while len(times) <= _MOST_STEPS and sum(times) < _DECODE_SECONDS:
         started = time.perf_counter()
         engine._runner.decode(sessions, token_ids, rules)
         times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
+    return float(np.median(times[1:] or times))  # the first one warms up, where there are more
 
 
 def _model(num_layers: int, context: int, options: Options) -> Any:
