@@ -189,7 +189,7 @@ POLICIES = {
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_only_what_a_request_sees_is_read(name, tmp_path):
-    """What is not read is NaN in these engines' pools: one look at it would show."""
+    """What is not read is far from everything in these engines' pools: one look would show."""
     url, policy = f"lmdb://{tmp_path}/store?prefer=load", POLICIES[name]
     with make_engine(url) as engine:
         expected = {key: answer(engine, policy=value) for key, value in POLICIES.items()}
@@ -222,11 +222,16 @@ def result_logits(engine, policy):
     return engine.prefill(ids, QUESTION, policy=policy).logits
 
 
-def test_needed_tokens_are_what_the_visibility_rule_says():
+def sees(rows, window, sink, j):
+    return any(j <= i and (window < 0 or j < sink or j > i - window) for i in rows)
+
+
+@pytest.mark.parametrize("picks", [False, True])
+def test_needed_tokens_are_what_the_visibility_rule_says(picks):
     """Against the rule written out for every pair of positions."""
-    from redknot.engine.needs import needed_tokens
+    from redknot.engine.needs import needs_of
     from redknot.engine.runner import HeadRules
-    from redknot.recovery import LayerPlan, Placement, PromptLayout, RecoveryPlan
+    from redknot.recovery import LayerPlan, Pick, Placement, PromptLayout, RecoveryPlan
 
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -240,25 +245,47 @@ def test_needed_tokens_are_what_the_visibility_rule_says():
         layout = PromptLayout(3, documents, int(ends[-1]), total)
         inside = np.arange(3, ends[-1])
         layers, is_global = [], rng.random((4, 2)) < 0.4
-        for _ in range(4):
+        nothing, pick_layer = inside[:0], int(rng.integers(1, 3)) if picks else 4
+        picked = inside[rng.random(len(inside)) < 0.1]
+        for layer in range(4):
             live = inside[rng.random(len(inside)) < rng.choice([0.0, 0.3, 1.0])]
             fresh = live[rng.random(len(live)) < 0.7]
-            layers.append(LayerPlan(live, fresh, fresh[rng.random(len(fresh)) < 0.3]))
+            step = LayerPlan(live, fresh, fresh[rng.random(len(fresh)) < 0.3])
+            if layer == pick_layer:
+                pick = Pick(len(picked), nothing, "foreign")
+                step = LayerPlan(inside, nothing, nothing, pick=pick)
+            if layer > pick_layer:  # of what the pick kept; in the last layer K and V alone
+                step = LayerPlan(inside if layer < 3 else nothing, inside, nothing)
+            layers.append(step)
         windows = np.where(is_global, -1, rng.integers(1, 20, (4, 2))).astype(np.int32)
         sinks = np.where(is_global, 0, rng.integers(0, 9, (4, 2))).astype(np.int32)
-        needed = needed_tokens(
-            RecoveryPlan(tuple(layers)), layout, HeadRules(is_global, windows, sinks)
-        )
+        arguments = (RecoveryPlan(tuple(layers)), layout, HeadRules(is_global, windows, sinks), 1)
+        before = needs_of(*arguments)
+        after = needs_of(*arguments, picked) if picks else before
         for layer, step in enumerate(layers):
-            rows = [*step.live, *range(layout.query_begin, total)]
+            query = range(layout.query_begin, total)
             for head in range(2):
                 replaced = step.fresh if is_global[layer, head] else step.fresh_local
+                rows, early = [*step.live, *query], [*step.live, *query]
+                if layer >= pick_layer:
+                    rows = [*(picked if len(step.live) else ()), *query]
+                    early = [*query]
+                    if layer == pick_layer and is_global[layer, head]:
+                        rows = early = [*inside, *query]  # they are asked for the pick
+                    if layer > pick_layer and replaced is inside:
+                        replaced = picked
                 w, s = windows[layer, head], sinks[layer, head]
-                for document, tokens in zip(documents, needed, strict=True):
+                for document, first, then in zip(documents, before, after, strict=True):
+                    group = first.now.group[layer, head]
                     for j in range(document.begin, document.end):
-                        sees = any(j <= i and (w < 0 or j < s or j > i - w) for i in rows)
-                        found = tokens.tokens[tokens.group[layer, head], j - document.begin]
-                        assert found == (sees and j not in replaced)
+                        at = j - document.begin
+                        expected = sees(rows, w, s, j) and j not in replaced
+                        assert then.now.tokens[then.now.group[layer, head], at] == expected
+                        # What is found out later had its place from the beginning.
+                        assert first.all.tokens[group, at] >= expected
+                        if not sees(early, w, s, j):
+                            assert not first.now.tokens[group, at]
+        assert picks or all(need.later is None for need in before)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 1.0])

@@ -19,11 +19,13 @@ namespace memory {
 // Positions are int32 in a PageRef.
 constexpr int64_t kMaxLength = std::numeric_limits<int32_t>::max();
 
+constexpr int32_t kNoPage = -1;  // in a segment: nothing of it lies in the pool
+
 struct Segment {
   int64_t num_tokens = 0;
   int64_t first_position = 0;
   int64_t pages_per_row = 0;
-  std::vector<int32_t> pages;  // [num_layers * num_kv_heads, pages_per_row]
+  std::vector<int32_t> pages;  // [num_layers * num_kv_heads, pages_per_row], or kNoPage
 
   // Tokens in the page; only the last one may be partly filled.
   int32_t num_valid(int64_t index_in_row, int64_t page_size) const {
@@ -37,6 +39,13 @@ struct Session {
   int64_t length = 0;     // logical tokens
   uint64_t last_batch = 0;
   int64_t num_absent = 0;  // references whose page is swapped out
+  // In the middle of append_layer: so many tokens more, in the first so many layers.
+  int64_t num_ahead = 0;
+  int64_t num_layers_ahead = 0;
+
+  int64_t length_of(int64_t layer) const {
+    return length + (layer < num_layers_ahead ? num_ahead : 0);
+  }
 };
 
 // A reference to swapped contents: its page is the slot, told from a page by its sign.
@@ -68,8 +77,9 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace memory
 
-// The state behind the lock. The calls are spread over segment_allocator.cpp (segments, sessions,
-// reading), append.cpp (growing), make_writable.cpp and statistics.cpp.
+// The state behind the lock. The calls are spread over segment_pages.cpp, segment_allocator.cpp
+// (sessions, reading), append.cpp and append_layer.cpp (growing), make_writable.cpp and
+// statistics.cpp.
 struct SegmentAllocator::Impl {
   explicit Impl(AllocatorConfig given)
       : config(std::move(given)),
@@ -93,7 +103,26 @@ struct SegmentAllocator::Impl {
   }
   // Points `batch` at the sessions; one that is given twice is an error.
   void find_batch(const char* caller, const std::vector<SessionId>& ids, bool swapped_too = false);
+  // The same for sessions without a token, which get so many.
+  void find_empty_batch(const char* caller,
+                        const std::vector<SessionId>& sessions,
+                        const std::vector<int64_t>& num_tokens);
+  // Every layer of a session has the same tokens.
+  void require_whole(const char* caller, SessionId id, const memory::Session& session) const {
+    memory::require(session.num_layers_ahead == 0,
+                    caller,
+                    ": session ",
+                    id,
+                    " is in the middle of append_layer, at layer ",
+                    session.num_layers_ahead);
+  }
   void require_rules(const char* caller, const std::vector<HeadRule>& rules) const;
+  // One entry for each page that the segment could have.
+  void require_page_mask(const char* caller,
+                         const memory::Segment& segment,
+                         const std::vector<uint8_t>& mask) const;
+  // There is a free page, unless there is a hole.
+  void make_hole();
   // Leaves in `tally` how often the sessions of `batch` hold each page, and zeroes it again.
   void tally_batch();
   void clear_tally();
@@ -127,7 +156,8 @@ struct SegmentAllocator::Impl {
   std::mutex mutex;
   memory::PagePool pool;
   memory::SlotCounts slots;
-  std::vector<uint8_t> in_segment;  // [num_pages], whether a segment holds the page
+  std::vector<uint8_t> in_segment;  // [num_pages], whether a segment holds the page, or the hole
+  int32_t hole = memory::kNoPage;   // stands for every page that a segment has not
   std::unordered_map<SegmentId, memory::Segment> segments;
   std::unordered_map<SessionId, memory::Session> sessions;
   // One counter for both kinds, so that an id of the wrong kind is never taken for another.

@@ -39,6 +39,7 @@ void SegmentAllocator::Impl::find_batch(const char* caller,
 void SegmentAllocator::append_segment(SessionId session, SegmentId segment) {
   const std::lock_guard lock(impl_->mutex);
   Session& found = impl_->find_session("append_segment", session);
+  impl_->require_whole("append_segment", session, found);
   const Segment& source = impl_->find_segment("append_segment", segment);
   require(source.num_tokens <= kMaxLength - found.length,
           "append_segment: a session holds at most ",
@@ -53,9 +54,10 @@ void SegmentAllocator::append_segment(SessionId session, SegmentId segment) {
   const int64_t page_size = impl_->config.page_size;
   for (Row& row : found.rows) {
     for (int64_t index = 0; index < source.pages_per_row; ++index, ++page) {
-      impl_->pool.retain(*page);
+      const int32_t shared = *page == memory::kNoPage ? impl_->hole : *page;
+      impl_->pool.retain(shared);
       row.push_back(
-          {.page = *page,
+          {.page = shared,
            .first_position = static_cast<int32_t>(found.length + index * page_size),
            .num_valid = source.num_valid(index, page_size),
            .rotation_offset = static_cast<int32_t>(found.length - source.first_position)});
@@ -79,6 +81,7 @@ AllocResult SegmentAllocator::append_tokens(const std::vector<SessionId>& sessio
   Impl& impl = *impl_;
   impl.find_batch("append_tokens", sessions);
   for (size_t i = 0; i < num_tokens.size(); ++i) {
+    impl.require_whole("append_tokens", sessions[i], *impl.batch[i]);
     require(
         num_tokens[i] >= 0, "append_tokens: num_tokens[", i, "] must be >= 0, got ", num_tokens[i]);
     require(num_tokens[i] <= kMaxLength - impl.batch[i]->length,

@@ -40,6 +40,7 @@ AllocResult SegmentAllocator::make_writable(SessionId session,
   copies->clear();
   const std::lock_guard lock(impl_->mutex);
   Session& found = impl_->find_session("make_writable", session);
+  impl_->require_whole("make_writable", session, found);
   const size_t num_rows = found.rows.size();
   std::vector<uint8_t> requested(num_rows, 0);
   for (size_t i = 0; i < requests.size(); ++i) {

@@ -47,6 +47,7 @@ int64_t SegmentAllocator::change_rules(SessionId session,
   impl_->require_rules("change_rules", rules);
   const std::lock_guard lock(impl_->mutex);
   Session& found = impl_->find_session("change_rules", session);
+  impl_->require_whole("change_rules", session, found);
   for (size_t row = 0; row < rules.size(); ++row) {
     if (!found.rows[row].can_follow(rules[row], found.length)) return static_cast<int64_t>(row);
   }

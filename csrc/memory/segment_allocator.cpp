@@ -9,7 +9,6 @@
 
 namespace redknot {
 
-using memory::ceil_div;
 using memory::end_position;
 using memory::kMaxLength;
 using memory::require;
@@ -52,51 +51,6 @@ SegmentAllocator::~SegmentAllocator() = default;
 
 // --- segments -----------------------------------------------------------------------------------
 
-AllocResult SegmentAllocator::create_segment(int64_t num_tokens,
-                                             int64_t first_position,
-                                             SegmentId* segment) {
-  require(num_tokens >= 1, "create_segment: num_tokens must be >= 1, got ", num_tokens);
-  require(first_position >= 0, "create_segment: first_position must be >= 0, got ", first_position);
-  require(num_tokens <= kMaxLength && first_position <= kMaxLength - num_tokens,
-          "create_segment: first_position + num_tokens must be <= ",
-          kMaxLength,
-          ", got ",
-          first_position,
-          " + ",
-          num_tokens);
-  const std::lock_guard lock(impl_->mutex);
-
-  Segment made;
-  made.num_tokens = num_tokens;
-  made.first_position = first_position;
-  made.pages_per_row = ceil_div(num_tokens, impl_->config.page_size);
-  AllocResult result;
-  result.pages_needed = impl_->num_rows() * made.pages_per_row;
-  result.pages_free = impl_->pool.num_free();
-  if (result.pages_needed > result.pages_free) {
-    result.status = AllocStatus::kOutOfPages;
-    return result;
-  }
-  made.pages.resize(result.pages_needed);
-  std::vector<int32_t>& pages =
-      impl_->segments.emplace(impl_->next_id, std::move(made)).first->second.pages;
-  for (int32_t& page : pages) {
-    page = impl_->pool.take();
-    impl_->in_segment[page] = 1;
-  }
-  *segment = impl_->next_id++;
-  return result;
-}
-
-void SegmentAllocator::release_segment(SegmentId segment) {
-  const std::lock_guard lock(impl_->mutex);
-  for (const int32_t page : impl_->find_segment("release_segment", segment).pages) {
-    impl_->in_segment[page] = 0;
-    impl_->pool.release(page);
-  }
-  impl_->segments.erase(segment);
-}
-
 std::vector<int64_t> SegmentAllocator::segment_slots(SegmentId segment, int64_t layer) const {
   const std::lock_guard lock(impl_->mutex);
   const Segment& found = impl_->find_segment("segment_slots", segment);
@@ -107,7 +61,9 @@ std::vector<int64_t> SegmentAllocator::segment_slots(SegmentId segment, int64_t 
   for (int64_t head = 0; head < num_heads; ++head) {
     const int32_t* pages = &found.pages[(layer * num_heads + head) * found.pages_per_row];
     for (int64_t token = 0; token < found.num_tokens; ++token) {
-      slots[token * num_heads + head] = pages[token / page_size] * page_size + token % page_size;
+      const int64_t page = pages[token / page_size];
+      slots[token * num_heads + head] =
+          page == memory::kNoPage ? -1 : page * page_size + token % page_size;
     }
   }
   return slots;
@@ -157,6 +113,7 @@ int64_t SegmentAllocator::session_length(SessionId session) const {
 int64_t SegmentAllocator::expire(SessionId session) {
   const std::lock_guard lock(impl_->mutex);
   Session& found = impl_->find_session("expire", session);
+  impl_->require_whole("expire", session, found);
   int64_t num_freed = 0;
   for (Row& row : found.rows) {
     const std::span<const PageRef> expired = row.expired(found.length);
@@ -174,10 +131,10 @@ bool SegmentAllocator::truncate(SessionId session, int64_t length) {
           found.length,
           "], got ",
           length);
-  const bool possible = std::all_of(found.rows.begin(), found.rows.end(), [&](const Row& row) {
-    return row.can_truncate(found.length, length);
-  });
-  if (!possible) return false;
+  for (size_t index = 0; index < found.rows.size(); ++index) {
+    const auto layer = static_cast<int64_t>(index) / impl_->config.num_kv_heads;
+    if (!found.rows[index].can_truncate(found.length_of(layer), length)) return false;
+  }
   for (Row& row : found.rows) {
     while (row.size() > 0 && row.back().first_position >= length) {
       impl_->pool.release(row.back().page);
@@ -188,6 +145,8 @@ bool SegmentAllocator::truncate(SessionId session, int64_t length) {
     }
   }
   found.length = length;
+  found.num_ahead = 0;
+  found.num_layers_ahead = 0;
   return true;
 }
 
@@ -210,13 +169,14 @@ std::vector<int64_t> SegmentAllocator::tail_slots(SessionId session,
   const std::lock_guard lock(impl_->mutex);
   const Session& found = impl_->find_session("tail_slots", session);
   impl_->require_layer("tail_slots", layer);
-  require(num_tokens >= 0 && num_tokens <= found.length,
+  const int64_t length = found.length_of(layer);
+  require(num_tokens >= 0 && num_tokens <= length,
           "tail_slots: num_tokens must be in [0, ",
-          found.length,
+          length,
           "], got ",
           num_tokens);
   std::vector<int64_t> positions(num_tokens);
-  std::iota(positions.begin(), positions.end(), found.length - num_tokens);
+  std::iota(positions.begin(), positions.end(), length - num_tokens);
   return impl_->layer_slots(found, layer, positions);
 }
 

@@ -34,12 +34,13 @@ SegmentAllocator::Impl::PageCount SegmentAllocator::Impl::count_pages(const Sess
   PageCount count;
   for (const Row& row : session.rows) {
     for (const PageRef& ref : row.refs()) {
-      if (memory::is_absent(ref) || tally[ref.page] == 0) continue;
+      if (memory::is_absent(ref) || ref.page == hole || tally[ref.page] == 0) continue;
       ++count.held;
       if (tally[ref.page] == pool.ref_count(ref.page)) ++count.held_alone;
       tally[ref.page] = 0;
     }
   }
+  if (hole >= 0) tally[hole] = 0;
   return count;
 }
 

@@ -173,12 +173,25 @@ class Allocator {
   SegmentAllocator& core() { return core_; }
   bool poisons() const { return poisons_; }
 
-  SegmentId create_segment(int64_t num_tokens, int64_t first_position) {
+  SegmentId create_segment(int64_t num_tokens, int64_t first_position, const py::object& present) {
+    std::vector<uint8_t> pages;
+    if (!present.is_none()) pages = page_mask(present, "create_segment: present");
     SegmentId segment = 0;
     const AllocResult result =
-        unlocked([&] { return core_.create_segment(num_tokens, first_position, &segment); });
+        unlocked([&] { return core_.create_segment(num_tokens, first_position, &segment, pages); });
     raise_unless_ok(result, "create_segment");
     return segment;
+  }
+
+  int64_t drop_segment_pages(SegmentId segment, const py::object& pages) {
+    const auto mask = page_mask(pages, "drop_segment_pages: pages");
+    return unlocked([&] { return core_.drop_segment_pages(segment, mask); });
+  }
+
+  void restore_segment_pages(SegmentId segment, const py::object& pages) {
+    const auto mask = page_mask(pages, "restore_segment_pages: pages");
+    const AllocResult result = unlocked([&] { return core_.restore_segment_pages(segment, mask); });
+    raise_unless_ok(result, "restore_segment_pages");
   }
 
   py::array segment_slots(SegmentId segment, int64_t layer) {
@@ -246,6 +259,19 @@ class Allocator {
     return copies_to_numpy(std::move(copies));
   }
 
+  void append_layer(const py::object& sessions, const py::object& num_tokens, int64_t layer) {
+    const auto ids = integer_list(sessions, "append_layer: sessions");
+    const auto counts = integer_list(num_tokens, "append_layer: num_tokens");
+    const AllocResult result = unlocked([&] { return core_.append_layer(ids, counts, layer); });
+    raise_unless_ok(result, "append_layer");
+  }
+
+  int64_t layerwise_pages(const py::object& sessions, const py::object& num_tokens) {
+    const auto ids = integer_list(sessions, "layerwise_pages: sessions");
+    const auto counts = integer_list(num_tokens, "layerwise_pages: num_tokens");
+    return unlocked([&] { return core_.layerwise_pages(ids, counts); });
+  }
+
   py::array make_writable(SessionId session,
                           const std::vector<std::pair<py::object, py::object>>& requests,
                           bool keep_contents) {
@@ -301,6 +327,15 @@ class Allocator {
                        "integers [num_layers, num_kv_heads] = [" + std::to_string(num_layers_) +
                            ", " + std::to_string(num_kv_heads_) + "]",
                        {num_layers_, num_kv_heads_});
+  }
+
+  std::vector<uint8_t> page_mask(const py::object& given, const std::string& what) const {
+    return integers<uint8_t>(given,
+                             what,
+                             "booleans [num_layers, num_kv_heads, pages] = [" +
+                                 std::to_string(num_layers_) + ", " +
+                                 std::to_string(num_kv_heads_) + ", ...]",
+                             {num_layers_, num_kv_heads_, -1});
   }
 
   std::vector<HeadRule> head_rules(const py::object& windows,
@@ -393,7 +428,14 @@ PYBIND11_MODULE(_memory, module) {
            arg("storage") = std::vector<RegionTuple>(),
            arg("poison") = py::none())
       .def_property_readonly("poisons_freed_pages", &Allocator::poisons)
-      .def("create_segment", &Allocator::create_segment, arg("num_tokens"), arg("first_position"))
+      .def("create_segment",
+           &Allocator::create_segment,
+           arg("num_tokens"),
+           arg("first_position"),
+           arg("present") = py::none())
+      .def("drop_segment_pages", &Allocator::drop_segment_pages, arg("segment"), arg("pages"))
+      .def("restore_segment_pages", &Allocator::restore_segment_pages, arg("segment"), arg("pages"))
+      .def_property_readonly("hole_page", [](Allocator& self) { return self.core().hole_page(); })
       .def("release_segment", direct(&SegmentAllocator::release_segment), arg("segment"))
       .def("segment_slots", &Allocator::segment_slots, arg("segment"), arg("layer"))
       .def("create_session", &Allocator::create_session, arg("windows"), arg("sinks"))
@@ -409,6 +451,13 @@ PYBIND11_MODULE(_memory, module) {
            arg("sessions"),
            arg("num_tokens"),
            arg("expire_first") = false)
+      .def("append_layer",
+           &Allocator::append_layer,
+           arg("sessions"),
+           arg("num_tokens"),
+           arg("layer"))
+      .def("expire_layer", direct(&SegmentAllocator::expire_layer), arg("session"), arg("layer"))
+      .def("layerwise_pages", &Allocator::layerwise_pages, arg("sessions"), arg("num_tokens"))
       .def("tail_slots", &Allocator::tail_slots, arg("session"), arg("layer"), arg("num_tokens"))
       .def("make_writable",
            &Allocator::make_writable,

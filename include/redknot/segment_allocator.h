@@ -72,7 +72,7 @@ struct RowTable {
 struct AllocatorStats {
   int64_t num_pages = 0;
   int64_t num_free_pages = 0;
-  int64_t segment_pages = 0;         // held by segments, shared or not
+  int64_t segment_pages = 0;         // held by segments, shared or not, and the hole
   int64_t session_global_pages = 0;  // held by sessions alone, in a row of a global head
   int64_t session_local_pages = 0;   // held by sessions alone, in rows of local heads
   int64_t shared_pages = 0;          // of those: held by more than one owner (segment, session)
@@ -98,11 +98,26 @@ class SegmentAllocator {
   ~SegmentAllocator();
 
   // --- segments -------------------------------------------------------------------------------
-  // Takes num_layers * num_kv_heads * ceil(num_tokens / page_size) pages, or none. num_tokens >= 1.
-  AllocResult create_segment(int64_t num_tokens, int64_t first_position, SegmentId* segment);
+  // Takes num_layers * num_kv_heads * ceil(num_tokens / page_size) pages, or none; with `present`,
+  // [rows, pages of a row], only those that it names. num_tokens >= 1.
+  AllocResult create_segment(int64_t num_tokens,
+                             int64_t first_position,
+                             SegmentId* segment,
+                             const std::vector<uint8_t>& present = {});
   // Drops the segment's own reference; pages shared with sessions stay until those let go.
   void release_segment(SegmentId segment);
-  // Slots (page * page_size + slot) of every token of one layer: [num_tokens, num_kv_heads].
+  // Lets pages of a segment go (`mask` as `present`), and returns by how many free_pages() grew;
+  // sessions that share them keep them. In sessions that attach the segment afterwards the *hole*
+  // stands for them: one page that counts as a segment's, is taken when it is first needed, never
+  // given back, and never written. Nothing is dropped where no page is left for it.
+  int64_t drop_segment_pages(SegmentId segment, const std::vector<uint8_t>& mask);
+  // Takes new pages, with whatever contents, where `mask` names some that the segment has not; all
+  // of them or none. Sessions that were attached before keep the hole.
+  AllocResult restore_segment_pages(SegmentId segment, const std::vector<uint8_t>& mask);
+  // The hole's page, or -1 while there is none.
+  int32_t hole_page() const;
+  // Slots (page * page_size + slot) of every token of one layer: [num_tokens, num_kv_heads]; -1
+  // where the segment has no page.
   std::vector<int64_t> segment_slots(SegmentId segment, int64_t layer) const;
 
   // --- sessions -------------------------------------------------------------------------------
@@ -128,6 +143,19 @@ class SegmentAllocator {
                             const std::vector<int64_t>& num_tokens,
                             bool expire_first,
                             std::vector<PageCopy>* copies);
+  // The first prompt of empty sessions, one layer after the other: num_tokens[i] tokens in the rows
+  // of `layer` of sessions[i], the same numbers in each layer, layers in order. Where a layer has
+  // attended, expire_layer frees what later tokens do not see of it, so that the local heads of one
+  // layer alone hold a whole prompt. The last layer makes num_tokens[i] the session's length; until
+  // then it can only be read, truncated, forked and released. Atomic over the sessions.
+  AllocResult append_layer(const std::vector<SessionId>& sessions,
+                           const std::vector<int64_t>& num_tokens,
+                           int64_t layer);
+  int64_t expire_layer(SessionId session, int64_t layer);
+  // The most pages that empty sessions hold at once while a prompt of theirs goes through all
+  // layers so.
+  int64_t layerwise_pages(const std::vector<SessionId>& sessions,
+                          const std::vector<int64_t>& num_tokens) const;
   // Slots of the last num_tokens tokens of a session: [num_tokens, num_kv_heads]; -1 where the
   // row no longer holds the token.
   std::vector<int64_t> tail_slots(SessionId session, int64_t layer, int64_t num_tokens) const;

@@ -95,7 +95,16 @@ class SegmentAllocator:
     def poisons_freed_pages(self) -> bool:
         """Whether freed pages are filled with NaN."""
 
-    def create_segment(self, num_tokens: int, first_position: int) -> int:
+    @property
+    def hole_page(self) -> int:
+        """The page that stands for every page a segment has not, in sessions that attach it.
+
+        -1 until there is need of it; never written by the allocator's word, and never free again.
+        """
+
+    def create_segment(
+        self, num_tokens: int, first_position: int, present: ArrayLike | None = None
+    ) -> int:
         """Take the pages of a segment: ceil(num_tokens / page_size) per (layer, KV head).
 
         Parameters
@@ -104,6 +113,8 @@ class SegmentAllocator:
             At least 1.
         first_position : int
             Position that the keys' rotation gives to the first token.
+        present : bool [num_layers, num_kv_heads, pages], optional
+            Which of its pages it has from the beginning; default: all of them.
 
         Returns
         -------
@@ -115,11 +126,25 @@ class SegmentAllocator:
         OutOfPages
         """
 
+    def drop_segment_pages(self, segment: int, pages: ArrayLike) -> int:
+        """Let pages [num_layers, num_kv_heads, pages of a row] go; returns how many became free.
+
+        Sessions that share them keep them; one that attaches the segment later has the hole there.
+        """
+
+    def restore_segment_pages(self, segment: int, pages: ArrayLike) -> None:
+        """Take new pages where `pages` names some that the segment has not.
+
+        Raises
+        ------
+        OutOfPages
+        """
+
     def release_segment(self, segment: int) -> None:
         """Give up the segment; pages that sessions share stay until those let go."""
 
     def segment_slots(self, segment: int, layer: int) -> _Int64:
-        """Slots [num_tokens, num_kv_heads] of a segment's tokens in one layer."""
+        """Slots [num_tokens, num_kv_heads] of a segment's tokens in one layer; -1: no page."""
 
     def create_session(self, windows: ArrayLike, sinks: ArrayLike) -> int:
         """Start an empty session.
@@ -178,6 +203,24 @@ class SegmentAllocator:
         OutOfPages
             No session has changed, nor has any page expired.
         """
+
+    def append_layer(self, sessions: ArrayLike, num_tokens: ArrayLike, layer: int) -> None:
+        """Make room for a first prompt in one layer of empty sessions; layers come in order.
+
+        With `expire_layer` behind each layer's attention, the local heads of one layer alone hold a
+        whole prompt. Until the last layer came, the sessions can only be read, truncated, forked
+        and released. Atomic over the sessions.
+
+        Raises
+        ------
+        OutOfPages
+        """
+
+    def expire_layer(self, session: int, layer: int) -> int:
+        """Free what no later token sees of one layer; returns how many pages became free."""
+
+    def layerwise_pages(self, sessions: ArrayLike, num_tokens: ArrayLike) -> int:
+        """Return the most pages that empty sessions hold at once during such a prompt."""
 
     def tail_slots(self, session: int, layer: int, num_tokens: int) -> _Int64:
         """Slots [num_tokens, num_kv_heads] of the last tokens; -1 where not held."""

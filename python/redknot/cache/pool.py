@@ -15,6 +15,9 @@ from redknot.cache.swap import SwapSpace
 __all__ = ["KVPool", "bytes_per_page"]
 
 
+_SEEN = 1e4  # of values that nobody should see, where that is tested
+
+
 def bytes_per_page(page_size: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one page: the K and the V of `page_size` slots of one KV head of one layer."""
     return 2 * page_size * head_dim * dtype.itemsize
@@ -64,6 +67,7 @@ class KVPool:
         like = torch.empty((0, page_size, head_dim), dtype=dtype, device=self.device)
         self.k_cache, self.v_cache = _new_pages(like, num_pages), _new_pages(like, num_pages)
         self._swap = SwapSpace(self.k_cache)
+        self._has_clean_hole = False
         self.allocator = _memory.SegmentAllocator(
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
@@ -98,6 +102,47 @@ class KVPool:
                 new[num_old:] = torch.nan
         self.k_cache, self.v_cache = larger
         self.allocator.grow(num_pages, self._storage())
+
+    # --- segments --------------------------------------------------------------------------------
+
+    def create_segment(
+        self, num_tokens: int, first_position: int, present: np.ndarray | None = None
+    ) -> int:
+        """Take a segment's pages, or those of `present` [num_layers, num_kv_heads, pages] alone.
+
+        Raises
+        ------
+        redknot._memory.OutOfPages
+            When the pool cannot take them; nothing was changed.
+        """
+        handle = self.allocator.create_segment(num_tokens, first_position, present)
+        self._clean_hole()
+        return handle
+
+    def drop_segment_pages(self, handle: int, pages: np.ndarray) -> int:
+        """Let pages [num_layers, num_kv_heads, pages] of a segment go; returns how many are free.
+
+        Nothing may look at them in sessions that attach the segment later; see `_memory`.
+        """
+        freed = self.allocator.drop_segment_pages(handle, pages)
+        self._clean_hole()
+        return freed
+
+    def _clean_hole(self) -> None:
+        page = self.allocator.hole_page
+        if page >= 0 and not self._has_clean_hole:
+            self._has_clean_hole = True
+            self.clean(torch.tensor([page], device=self.device))
+
+    def clean(self, pages: Tensor) -> None:
+        """Make pages (int64) that nobody should see harmless: kernels may touch what they mask.
+
+        They are zero; where freed pages are poisoned, their values are so large instead that a look
+        at them would show.
+        """
+        self.k_cache.index_fill_(0, pages, 0.0)
+        seen = _SEEN if self.allocator.poisons_freed_pages else 0.0
+        self.v_cache.index_fill_(0, pages, seen)
 
     # --- preemption ------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import torch
 from redknot._memory import OutOfPages
 from redknot.cache.page_selection import PageSelector
 from redknot.engine.chains import Chain, RecoveredChains, chain_key
-from redknot.engine.documents import DocumentCache, Found, place
+from redknot.engine.documents import DocumentCache, Found, LostPagesError, place
 from redknot.engine.report import explain, explain_shared
 from redknot.engine.results import Prefill
 from redknot.engine.runner import HeadRules, Prompt, Runner
@@ -84,12 +84,30 @@ class Admission:
         from an earlier one.
         """
         self.check(documents, question_ids, new_tokens)
+        started = time.perf_counter()
+        options = (policy, new_tokens, copies, reserved or {}, share_recovered, started)
+        try:
+            return self._admit(documents, question_ids, *options, all_at_once=False)
+        except LostPagesError:  # in the middle of it; the document is gone, and computed anew
+            return self._admit(documents, question_ids, *options, all_at_once=True)
+
+    def _admit(
+        self,
+        documents: Sequence[str],
+        question_ids: np.ndarray,
+        policy: Policy,
+        new_tokens: int,
+        copies: int,
+        reserved: Mapping[int, int],
+        share_recovered: bool,
+        started: float,
+        *,
+        all_at_once: bool,
+    ) -> Admitted:
         decoder, allocator = self._runner.decoder, self._runner.pool.allocator
         parts = [self._documents.prefix_ids]
         parts += [self._documents.token_ids(document) for document in documents]
         token_ids = np.concatenate([*parts, question_ids])
-
-        started = time.perf_counter()
         heads = policy.effective_heads(self._heads)
         windows, sinks = heads.rules(decoder.sliding_windows)
         rules = HeadRules(heads.is_global, windows, sinks, PageSelector.of(heads))
@@ -101,26 +119,34 @@ class Admission:
             chain = self.chains.find(chain_name)
             if chain is not None:
                 growth = [len(question_ids) + new_tokens] * copies
-                return self._continue(chain, token_ids, rules, reserved or {}, growth, started)
+                return self._continue(chain, token_ids, rules, reserved, growth, started)
         prefix: Found | None = None
         found: list[Found] = []
+        reads_later = False
         prefix_end = len(self._documents.prefix_ids) if policy.reuses_documents else 0
         outlines = [self._documents.outline(d) for d in documents if policy.reuses_documents]
         layout = _layout(len(token_ids), prefix_end, outlines)
         plan = policy.plan(layout, self._heads)
         if policy.reuses_documents:
             entry = policy.entry_layer(self._heads)
-            needed = self._documents.read_ahead(documents, entry, plan, layout, rules)
+            needs = self._documents.read_ahead(
+                documents, entry, plan, layout, rules, all_at_once=all_at_once
+            )
             prefix = self._documents.prefix(keep)
             found = [
-                self._documents.find(document, keep, hidden_layer=entry, needed=tokens)
-                for document, tokens in zip(documents, needed, strict=True)
+                self._documents.find(document, keep, hidden_layer=entry, need=need)
+                for document, need in zip(documents, needs, strict=True)
             ]
+            reads_later = any(need.later is not None for need in needs)
         attached = [item.segment.handle for item in ([prefix] if prefix else []) + found]
         session = self._open_session(
-            attached, layout, plan, rules, keep, reserved or {}, [new_tokens] * copies
+            attached, layout, plan, rules, keep, reserved, [new_tokens] * copies
         )
         chain_session = None
+
+        def read_picked(picked: np.ndarray) -> None:
+            found[:] = self._documents.read_picked(found, picked, plan, layout, rules)
+
         try:
             counter = FlopCounter(decoder.shape)
             logits, trace = self._runner.prefill(
@@ -131,6 +157,7 @@ class Admission:
                     session, layer, layout.num_tokens - layout.query_begin
                 ),
                 counter=counter,
+                on_pick=read_picked if reads_later else None,
             )
             if logits.device.type == "cuda":
                 torch.cuda.synchronize(logits.device)

@@ -9,18 +9,18 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
+from numpy.typing import NDArray
 
 from redknot._memory import OutOfPages
-from redknot.engine.needs import needed_tokens, rows_are_known
-from redknot.engine.runner import HeadRules, Runner, TokenSlots
+from redknot.engine.needs import DocumentNeed, needs_of
+from redknot.engine.offline import OfflinePass
+from redknot.engine.runner import HeadRules, Runner
 from redknot.engine.segment_tiers import Outline, SegmentTiers
 from redknot.errors import BudgetError, UnknownDocumentError
-from redknot.recovery import FlopCounter, Placement, PromptLayout, RecoveryPlan
+from redknot.recovery import Placement, PromptLayout, RecoveryPlan
 from redknot.store import MemoryStore, Missed, Segment, segment_key, stored_parts
-from redknot.store.layout import NeededTokens
 
-__all__ = ["DocumentCache", "Found"]
+__all__ = ["DocumentCache", "Found", "LostPagesError", "place"]
 
 _ID_LENGTH = 16  # hex digits of the key that name a document to the user
 
@@ -40,6 +40,10 @@ class Found:
     def computed(self) -> bool:
         """Whether something had to be computed for it."""
         return self.source == "computed"
+
+
+class LostPagesError(Exception):
+    """What a request needed of a document could not be read any more; the document was dropped."""
 
 
 class DocumentCache:
@@ -75,6 +79,7 @@ class DocumentCache:
         behind_prefix: bool,
     ) -> None:
         self._runner = runner
+        self._offline = OfflinePass(runner)
         self.store = store
         self.tiers = tiers
         self._fingerprint, self._salt = fingerprint, salt
@@ -141,21 +146,47 @@ class DocumentCache:
         plan: RecoveryPlan,
         layout: PromptLayout,
         rules: HeadRules,
-    ) -> Sequence[NeededTokens | None]:
-        """Begin to read what a request needs of its documents; returns it, as `find` takes it."""
-        if not self.tiers.store:
-            return [None] * len(documents)
-        # Where rows enter from stored hidden states or are chosen on the way, all of it is read.
-        if hidden_layer is not None or not rows_are_known(plan):
-            for document in documents:
-                self.prefetch(document, hidden_layer=hidden_layer)
-            return [None] * len(documents)
+        *,
+        all_at_once: bool,
+    ) -> list[DocumentNeed]:
+        """Begin to read what a request needs of its documents; returns it, as `find` takes it.
+
+        With `all_at_once` nothing is left for `read_picked`.
+        """
         # A kernel may touch all of a page of which it sees a part.
-        page_size = self._runner.pool.page_size
-        needed = [n.whole_pages(page_size) for n in needed_tokens(plan, layout, rules)]
-        for document, tokens in zip(documents, needed, strict=True):
-            self.prefetch(document, hidden_layer=hidden_layer, needed=tokens)
-        return needed
+        needs = needs_of(plan, layout, rules, self._runner.pool.page_size)
+        if all_at_once or not self.tiers.store:
+            needs = [DocumentNeed(need.all) for need in needs]
+        for document, need in zip(documents, needs, strict=True):
+            self.prefetch(document, hidden_layer=hidden_layer, need=need)
+        return needs
+
+    def read_picked(
+        self,
+        found: Sequence[Found],
+        picked: np.ndarray,
+        plan: RecoveryPlan,
+        layout: PromptLayout,
+        rules: HeadRules,
+    ) -> list[Found]:
+        """Read what rows need that a plan has picked, of documents that were found before.
+
+        Raises
+        ------
+        LostPagesError
+            When it could not be read.
+        """
+        needs = needs_of(plan, layout, rules, self._runner.pool.page_size, picked)
+        read = []
+        for item, need in zip(found, needs, strict=True):
+            where = self.tiers.complete(item.segment, need, self._hold)
+            if where is None:
+                self._discard(item.segment)
+                raise LostPagesError(item.segment.key)
+            if where:
+                item = replace(item, reason=f"{item.reason}, then for the rows picked {where}")
+            read.append(item)
+        return read
 
     def keys(self, documents: Collection[str]) -> set[str]:
         """Keys that a request over `documents` must keep: theirs and the prefix's."""
@@ -188,11 +219,11 @@ class DocumentCache:
         progress: Callable[[], None] | None = None,
         *,
         hidden_layer: int | None = None,
-        needed: NeededTokens | None = None,
+        need: DocumentNeed | None = None,
     ) -> Found:
         """A document's segment, loaded or computed if need be; those in `keep` are not evicted.
 
-        Of a segment in a tier only what is `needed` is read (None: all of it).
+        Of a segment in a tier only what the request has `need` of is read (None: all of it).
 
         With `hidden_layer` it has the hidden states at that layer's input; where the document is
         cached without them, they alone are computed, and its pages stay what they are.
@@ -210,14 +241,14 @@ class DocumentCache:
             found = self._add_hidden(others[0], key, token_ids, hidden_layer, keep)
             if found is not None:
                 return found
-        return self._find(key, self._context_ids, token_ids, keep, progress, hidden_layer, needed)
+        return self._find(key, self._context_ids, token_ids, keep, progress, hidden_layer, need)
 
     def prefetch(
         self,
         document: str,
         *,
         hidden_layer: int | None = None,
-        needed: NeededTokens | None = None,
+        need: DocumentNeed | None = None,
     ) -> None:
         """Begin to read on a thread what `find` would load for the same arguments."""
         token_ids = self.token_ids(document)
@@ -225,7 +256,7 @@ class DocumentCache:
             hidden_layer = self._choose_layer(document, hidden_layer)
             key = self._keys[document][hidden_layer]
             outline = Outline(key, len(token_ids), len(self._context_ids), hidden_layer)
-            self.tiers.prefetch(outline, needed)
+            self.tiers.prefetch(outline, None if need is None else need.now)
 
     def _choose_layer(self, document: str, hidden_layer: int | None) -> int | None:
         """Which of a document's segments serves; its key is known afterwards."""
@@ -263,11 +294,13 @@ class DocumentCache:
         keep: Collection[str],
         progress: Callable[[], None] | None = None,
         hidden_layer: int | None = None,
-        needed: NeededTokens | None = None,
+        need: DocumentNeed | None = None,
     ) -> Found:
-        segment = self.store.get(key)
+        parts, keep = self.tiers.parts, {*keep, key, self._prefix_key()}
+        used = parts.used(len(token_ids), None if need is None else need.all)
+        segment = self.store.get(key, used)
         if segment is not None:
-            where = self.tiers.complete(segment, needed)
+            where = self.tiers.complete(segment, need, partial(self._hold, keep=keep))
             if where == "":
                 return Found(segment, "cached", f"found in memory ({segment.origin})")
             if where is not None:
@@ -275,34 +308,87 @@ class DocumentCache:
             self._discard(segment)
         evicted = self.store.was_evicted(key)
         outline = Outline(key, len(token_ids), len(context_ids), hidden_layer)
-        keep = {*keep, self._prefix_key()}
-        loaded = self.tiers.load(outline, needed, partial(self._take_pages, keep=keep))
+        loaded = self.tiers.load(outline, need, partial(self._take_pages, keep=keep))
         if not isinstance(loaded, Missed):
-            self.store.put(loaded[0])
+            self.store.put(loaded[0], used)
             return Found(loaded[0], "loaded", loaded[1])
         context = self._context(context_ids, keep)
         segment = self._compute(key, context, context_ids, token_ids, keep, progress, hidden_layer)
         origin = f"computed in {segment.offline_seconds:.2f} s"
         origin += f"; {loaded.reason}" if loaded.reason else ""
         segment = replace(segment, origin=origin)
-        self.store.put(segment)
+        self.store.put(segment, parts.used(len(token_ids), None), used)
         self.tiers.save(segment)
         reason = "evicted to make room, computed anew" if evicted else "first use, computed now"
         if loaded.reason:
             reason += f" ({loaded.reason})"
         return Found(segment, "computed", reason)
 
+    def _compute(
+        self,
+        key: str,
+        context: Segment | None,
+        context_ids: np.ndarray,
+        token_ids: np.ndarray,
+        keep: Collection[str],
+        progress: Callable[[], None] | None,
+        hidden_layer: int | None,
+    ) -> Segment:
+        """Dense prefill of a segment behind its context; K and V go straight to its pages."""
+        started = time.perf_counter()
+        handle = self._take_pages(len(token_ids), len(context_ids), None, keep)
+        try:
+            hidden, flops = self._offline.encode(
+                handle,
+                token_ids,
+                len(context_ids),
+                context=context,
+                hidden_layer=hidden_layer,
+                progress=progress,
+            )
+        except BaseException:
+            self._runner.pool.allocator.release_segment(handle)
+            raise
+        seconds = time.perf_counter() - started
+        self.tiers.computed(flops, seconds)
+        return Segment(
+            key=key,
+            handle=handle,
+            first_position=len(context_ids),
+            num_tokens=len(token_ids),
+            offline_flops=flops,
+            offline_seconds=seconds,
+            hidden=hidden,
+            hidden_layer=hidden_layer,
+        )
+
     def _discard(self, segment: Segment) -> None:
         self.store.discard(segment.key)
         self.tiers.forget(segment)
 
-    def _take_pages(self, num_tokens: int, first_position: int, keep: Collection[str]) -> int:
+    # --- room ------------------------------------------------------------------------------------
+
+    def _take_pages(
+        self,
+        num_tokens: int,
+        first_position: int,
+        present: NDArray[np.bool_] | None,
+        keep: Collection[str],
+    ) -> int:
         """Pages for a new segment, others evicted for it; BudgetError where that is no help."""
         while True:
             try:
-                return self._runner.pool.allocator.create_segment(num_tokens, first_position)
+                return self._runner.pool.create_segment(num_tokens, first_position, present)
             except OutOfPages as missing:
                 self.make_room(keep, missing, f"a document of {num_tokens} tokens")
+
+    def _hold(self, segment: Segment, pages: NDArray[np.bool_], keep: Collection[str] = ()) -> None:
+        """Places for pages of a segment; BudgetError where there is no room."""
+        while True:
+            try:
+                return self.tiers.parts.hold(segment.handle, pages)
+            except OutOfPages as missing:
+                self.make_room(keep, missing, f"a document of {segment.num_tokens} tokens")
 
     def _context(self, context_ids: np.ndarray, keep: Collection[str]) -> Segment | None:
         """What documents are computed behind."""
@@ -311,10 +397,18 @@ class DocumentCache:
         return self._find(self._prefix_key(), context_ids[:0], context_ids, keep).segment
 
     def make_room(self, keep: Collection[str], missing: OutOfPages, what: str) -> None:
-        """Evict one segment that the request does not need, or raise BudgetError."""
-        evicted = self.store.evict_one(keep)
-        if evicted is not None:
-            self.tiers.forget(evicted)
+        """Evict regions of segments that the request does not need, or raise BudgetError."""
+        allocator, found = self._runner.pool.allocator, False
+        # What the request had taken before it fell short is free again.
+        wanted = allocator.free_pages() + missing.pages_needed - missing.pages_free
+        while allocator.free_pages() < wanted:
+            evicted = self.store.evict_region(keep, self._drop_region)
+            if evicted is None:
+                break
+            found = True
+            if evicted[1]:
+                self.tiers.forget(evicted[0])
+        if found:
             return
         stats = self._runner.pool.allocator.stats()
         short = missing.pages_needed - missing.pages_free
@@ -324,6 +418,13 @@ class DocumentCache:
             f"{stats['num_pages']} are free and nothing can be evicted; "
             f"raise kv_budget to at least {wanted:,} bytes"
         ) from missing
+
+    def _drop_region(self, segment: Segment, region: int, unused: bool) -> bool:
+        """Let a region of a segment go, if a tier has it or nobody seems to need it."""
+        if not self.tiers.can_come_back(segment) and not unused:
+            return False
+        self.tiers.parts.drop(segment, region)
+        return True
 
     def _add_hidden(
         self,
@@ -339,14 +440,17 @@ class DocumentCache:
         """
         old = self.store.get(old_key)
         assert old is not None and hidden_layer is not None
-        if self.tiers.complete(old, None) is None:
+        if self.tiers.complete(old, None, partial(self._hold, keep={*keep, old_key})) is None:
             self._discard(old)
             return None
-        context = self._context(self._context_ids, keep)
-        attached = [item.handle for item in (context, old) if item is not None]
         started = time.perf_counter()
-        hidden, flops = self._encode(
-            attached, token_ids, old.first_position, slots=None, hidden_layer=hidden_layer
+        hidden, flops = self._offline.encode(
+            old.handle,
+            token_ids,
+            old.first_position,
+            context=self._context(self._context_ids, keep),
+            hidden_layer=hidden_layer,
+            writes=False,
         )
         segment = replace(
             old,
@@ -360,79 +464,6 @@ class DocumentCache:
         self.tiers.save(segment)
         reason = f"cached without hidden states of layer {hidden_layer}, they were computed now"
         return Found(segment, "computed", reason)
-
-    def _compute(
-        self,
-        key: str,
-        context: Segment | None,
-        context_ids: np.ndarray,
-        token_ids: np.ndarray,
-        keep: Collection[str],
-        progress: Callable[[], None] | None,
-        hidden_layer: int | None,
-    ) -> Segment:
-        """Dense prefill of a segment behind its context; K and V go straight to its pages."""
-        started = time.perf_counter()
-        allocator, first = self._runner.pool.allocator, len(context_ids)
-        handle = self._take_pages(len(token_ids), first, keep)
-        attached = [handle] if context is None else [context.handle, handle]
-        try:
-            hidden, flops = self._encode(
-                attached,
-                token_ids,
-                first,
-                slots=lambda layer: allocator.segment_slots(handle, layer),
-                hidden_layer=hidden_layer,
-                progress=progress,
-            )
-        except BaseException:
-            allocator.release_segment(handle)
-            raise
-        seconds = time.perf_counter() - started
-        self.tiers.computed(flops, seconds)
-        return Segment(
-            key=key,
-            handle=handle,
-            first_position=first,
-            num_tokens=len(token_ids),
-            offline_flops=flops,
-            offline_seconds=seconds,
-            hidden=hidden,
-            hidden_layer=hidden_layer,
-        )
-
-    def _encode(
-        self,
-        attached: Sequence[int],
-        token_ids: np.ndarray,
-        first_position: int,
-        *,
-        slots: TokenSlots | None,
-        hidden_layer: int | None,
-        progress: Callable[[], None] | None = None,
-    ) -> tuple[Tensor | None, float]:
-        """Hidden states, if wanted, and FLOPs of a pass over the last of some segments."""
-        decoder, allocator = self._runner.decoder, self._runner.pool.allocator
-        counter = FlopCounter(decoder.shape)
-        windows = decoder.native_windows()
-        rules = HeadRules(np.ones_like(windows, dtype=bool), windows, np.zeros_like(windows))
-        session = allocator.create_session(rules.windows, rules.sinks)
-        try:
-            for handle in attached:
-                allocator.append_segment(session, handle)
-            hidden = self._runner.encode(
-                session,
-                token_ids,
-                first_position,
-                rules,
-                slots=slots,
-                counter=counter,
-                hidden_layer=hidden_layer,
-                progress=progress,
-            )
-        finally:
-            allocator.release_session(session)
-        return hidden, sum(counter.close().values())
 
 
 def place(prefix_end: int, segments: Sequence[Segment | Outline]) -> tuple[Placement, ...]:

@@ -1,46 +1,171 @@
-"""What a request reads of its cached documents, so that a tier need not give more."""
+"""What a request reads of its cached documents, so that a tier need not give more.
+
+Most of it is known beforehand. Where rows are chosen only while the prefill runs, what local heads
+show to them in the layers from there on is known *after the pick*: which pages it could be is known
+before, which ones it is only then.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from redknot.engine.runner import HeadRules
-from redknot.recovery import PromptLayout, RecoveryPlan
+from redknot.recovery import LayerPlan, PromptLayout, RecoveryPlan
 from redknot.store.layout import NeededTokens
 
-__all__ = ["needed_tokens", "rows_are_known"]
+__all__ = ["DocumentNeed", "needs_of"]
+
+_NOBODY = np.empty(0, dtype=np.int64)
 
 
-def rows_are_known(plan: RecoveryPlan) -> bool:
-    """Whether the very rows that are refreshed attend, in every layer, and none is chosen later."""
-    return all(step.pick is None and np.array_equal(step.live, step.fresh) for step in plan.layers)
+@dataclass(frozen=True)
+class DocumentNeed:
+    """What a request reads of one document.
+
+    Attributes
+    ----------
+    now : NeededTokens
+        Before the prefill begins.
+    later : NeededTokens, optional
+        Besides, at most, after the pick; None without a pick that matters.
+    """
+
+    now: NeededTokens
+    later: NeededTokens | None = None
+
+    @property
+    def all(self) -> NeededTokens:
+        """Everything that the request may read."""
+        if self.later is None:
+            return self.now
+        return NeededTokens(self.now.tokens | self.later.tokens, self.now.group)
 
 
-def needed_tokens(plan: RecoveryPlan, layout: PromptLayout, rules: HeadRules) -> list[NeededTokens]:
-    """Tokens of each document whose cached K/V some row of the plan, or of the answer, sees.
+def needs_of(
+    plan: RecoveryPlan,
+    layout: PromptLayout,
+    rules: HeadRules,
+    page_size: int,
+    picked: NDArray[np.int64] | None = None,
+) -> list[DocumentNeed]:
+    """Tokens of each document whose cached K/V are read, in whole pages.
 
     A head needs what is visible to the rows that attend in its layer (live ones and the query's;
-    rows of the answer see no more of the documents than the query's last row), less what the plan
-    replaces before anything reads it. For plans of which `rows_are_known`.
+    rows of the answer see no more of the documents than the query's last row), and what lies beside
+    rows in pages that are copied before they are written, less what is replaced before anything
+    reads it. `picked` are the rows that the pick has kept, once they are known.
     """
-    masks: list[NDArray[np.bool_]] = []
-    known: dict[tuple[object, ...], int] = {}
+    reading = _Reading(plan, layout, picked)
+    known: dict[tuple[int, ...], int] = {}
+    now: list[NDArray[np.bool_]] = []
+    later: list[NDArray[np.bool_]] = []
     num_heads = rules.windows.shape[-1]
     group = np.empty((len(plan.layers), num_heads), dtype=np.int64)
-    for layer, step in enumerate(plan.layers):
+    for layer in range(len(plan.layers)):
         for head in range(num_heads):
             window, sink = int(rules.windows[layer, head]), int(rules.sinks[layer, head])
-            replaced = step.fresh if rules.is_global[layer, head] else step.fresh_local
-            key = (window, sink, id(step.live), id(replaced))
+            what = reading.of(layer, bool(rules.is_global[layer, head]))
+            key = (window, sink, *map(id, what.arrays))
             if key not in known:
-                known[key] = len(masks)
-                mask = _visible(layout, step.live, window, sink)
-                mask[replaced] = False
-                masks.append(mask)
+                known[key] = len(now)
+                mask = _visible(layout, what.rows, window, sink)
+                mask |= _pages(layout, what.copied, page_size)
+                mask[what.replaced] = False
+                mask[what.read] = True
+                more = np.zeros_like(mask)
+                if len(what.rows_later):
+                    more = _visible(layout, what.rows_later, window, sink) & ~mask
+                    more[what.replaced] = False
+                now.append(mask)
+                later.append(more)
             group[layer, head] = known[key]
-    tokens = np.stack(masks)
-    return [NeededTokens(tokens[:, d.begin : d.end], group) for d in layout.documents]
+    documents = []
+    has_later = any(mask.any() for mask in later)
+    for document in layout.documents:
+        inside = slice(document.begin, document.end)
+        parts = [
+            NeededTokens(np.stack([mask[inside] for mask in masks]), group).whole_pages(page_size)
+            for masks in (now, later)
+        ]
+        documents.append(DocumentNeed(parts[0], parts[1] if has_later else None))
+    return documents
+
+
+@dataclass(frozen=True)
+class _HeadReads:
+    """Positions that matter for a class of heads in a layer."""
+
+    rows: NDArray[np.int64]  # that attend, as far as that is known
+    rows_later: NDArray[np.int64]  # that may attend besides
+    replaced: NDArray[np.int64]  # before anything reads them
+    read: NDArray[np.int64]  # although they are replaced
+    copied: NDArray[np.int64]  # whose pages are copied before they are written
+
+    @property
+    def arrays(self) -> Sequence[NDArray[np.int64]]:
+        return self.rows, self.rows_later, self.replaced, self.read, self.copied
+
+
+class _Reading:
+    """Which rows read what: sets of the plan, before or after its pick."""
+
+    def __init__(
+        self, plan: RecoveryPlan, layout: PromptLayout, picked: NDArray[np.int64] | None
+    ) -> None:
+        self._plan, self._picked = plan, picked
+        picks = [number for number, step in enumerate(plan.layers) if step.pick is not None]
+        self._pick_layer = picks[0] if picks else len(plan.layers)
+        step = plan.layers[self._pick_layer] if picks else None
+        self._open = () if step is None else (step.present, step.live)
+        self._always = _NOBODY
+        if step is not None and step.pick is not None:
+            self._always = step.pick.always
+        self._known: dict[tuple[int, bool], _HeadReads] = {}
+
+    def of(self, layer: int, is_global: bool) -> _HeadReads:
+        """What heads of a class read in a layer."""
+        if (layer, is_global) not in self._known:
+            self._known[layer, is_global] = self._reads(layer, is_global)
+        return self._known[layer, is_global]
+
+    def _is_open(self, rows: NDArray[np.int64]) -> bool:
+        """Whether a set stands for what the pick keeps of it."""
+        return any(rows is other for other in self._open)
+
+    def _reads(self, layer: int, is_global: bool) -> _HeadReads:
+        step: LayerPlan = self._plan.layers[layer]
+        written = step.fresh if is_global else step.fresh_local
+        copied = written if self._plan.picks and not is_global else _NOBODY
+        at_pick, behind = layer == self._pick_layer, layer > self._pick_layer
+        replaced, read = written, _NOBODY
+        if at_pick and step.pick is not None and step.pick.by == "kv_shift":
+            read = written  # the cached ones are compared with the new ones
+        if behind and self._is_open(written):
+            replaced = _NOBODY if self._picked is None else self._picked
+        rows, rows_later = step.live, _NOBODY
+        if (at_pick or behind) and self._is_open(step.live):
+            if self._picked is not None:
+                rows = self._picked
+            elif not is_global and not (behind and self._is_open(written)):
+                rows, rows_later = self._always, step.live
+        if at_pick and is_global:  # all rows ask the global heads, for the pick
+            rows = step.present
+        return _HeadReads(rows, rows_later, replaced, read, copied)
+
+
+def _pages(layout: PromptLayout, positions: NDArray[np.int64], page_size: int) -> NDArray[np.bool_]:
+    """All positions [num_tokens] of documents' pages that hold one of some positions."""
+    mask = np.zeros(layout.num_tokens, dtype=bool)
+    for document in layout.documents if len(positions) else ():
+        low, high = np.searchsorted(positions, (document.begin, document.end))
+        for page in np.unique((positions[low:high] - document.begin) // page_size):
+            begin = document.begin + int(page) * page_size
+            mask[begin : min(begin + page_size, document.end)] = True
+    return mask
 
 
 def _visible(

@@ -60,6 +60,8 @@ class RecoveryPass:
         Slots [num_query_rows, num_kv_heads] of the query's rows, by layer.
     counter : FlopCounter
         Told of everything that is computed.
+    on_pick : callable, optional
+        Called with the positions that a pick has kept, int64 ascending, before they attend.
     """
 
     def __init__(
@@ -71,7 +73,9 @@ class RecoveryPass:
         rules: HeadRules,
         tail_slots: TokenSlots,
         counter: FlopCounter,
+        on_pick: Callable[[np.ndarray], None] | None = None,
     ) -> None:
+        self._on_pick = on_pick
         self._decoder, self._pool, self._session = decoder, pool, session
         self._prompt, self._rules = prompt, rules
         self._tail_slots, self._counter = tail_slots, counter
@@ -105,6 +109,8 @@ class RecoveryPass:
                     shift = self._probe(layer, normed, step.pick)
                 assert shift is not None
                 rows.pick(step.pick, step.present, shift)
+                if self._on_pick is not None:
+                    self._on_pick(rows.now(step.present).cpu().numpy())
             hidden, normed = rows.keep(step.live, hidden, normed)
             self.trace.append(LayerTrace(rows.documents, fresh, fresh_local))
 

@@ -36,12 +36,15 @@ class Runner:
         *,
         tail_slots: TokenSlots,
         counter: FlopCounter,
+        on_pick: Callable[[np.ndarray], None] | None = None,
     ) -> tuple[Tensor, list[LayerTrace]]:
         """Logits [vocab_size] of a prompt's last row, and which document rows lived.
 
         See `RecoveryPass` for the arguments.
         """
-        work = RecoveryPass(self.decoder, self.pool, session, prompt, rules, tail_slots, counter)
+        work = RecoveryPass(
+            self.decoder, self.pool, session, prompt, rules, tail_slots, counter, on_pick
+        )
         return work.run(), work.trace
 
     @torch.inference_mode()

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from redknot.engine.needs import DocumentNeed
+from redknot.engine.parts import SegmentParts
 from redknot.engine.runner import Runner
 from redknot.heads import HeadMap
 from redknot.store import Expected, Loaded, Manifest, Missed, Segment, TieredStore
-from redknot.store.layout import NeededTokens, Regions, SegmentShape
+from redknot.store.layout import NeededTokens, SegmentShape
 from redknot.store.manifest import new_write_id, seal
-from redknot.store.pool_pages import gather_segment, scatter_segment, zero_segment
+from redknot.store.pool_pages import gather_segment, scatter_segment
 
 __all__ = ["Outline", "SegmentTiers"]
 
@@ -33,17 +35,10 @@ class Outline:
     hidden_layer: int | None = None
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """A segment in the pool of which some pages were not read."""
-
-    write_id: str
-    page_size: int
-    absent: NDArray[np.bool_]
-
-
 class SegmentTiers:
     """Moves whole segments, or the pages that a request needs, to and from the tiers.
+
+    `parts` knows which pages of the segments lie in the pool.
 
     Parameters
     ----------
@@ -63,10 +58,10 @@ class SegmentTiers:
         self._runner = runner
         self.store = store
         self._fingerprint = fingerprint
-        windows, sinks = heads.rules(runner.decoder.sliding_windows)
-        self._rules = (heads.is_global, windows, sinks)
+        self.parts = SegmentParts(runner.pool, heads, runner.decoder.sliding_windows)
         self._seconds_per_flop: float | None = None
-        self._partial: dict[int, _Partial] = {}  # by handle
+        # By handle: which of a key's writes has these very K and V; two are never mixed.
+        self._write_ids: dict[int, str] = {}
 
     # --- reading ---------------------------------------------------------------------------------
 
@@ -83,33 +78,29 @@ class SegmentTiers:
     def load(
         self,
         outline: Outline,
-        needed: NeededTokens | None,
-        allocate: Callable[[int, int], int],
+        need: DocumentNeed | None,
+        allocate: Callable[[int, int, NDArray[np.bool_] | None], int],
     ) -> tuple[Segment, str] | Missed:
         """Read a segment into new pages: the segment and where it came from, or why not.
 
-        `allocate(num_tokens, first_position)` takes the pages, and may raise BudgetError.
+        `allocate(num_tokens, first_position, present)` takes those pages that the request may read
+        (None: all), and may raise BudgetError; what it reads later has a place, but is not read.
         """
         if not self.store:
             return Missed("")
-        loaded = self._read(outline, needed)
+        loaded = self._read(outline, None if need is None else need.now)
         if isinstance(loaded, Missed):
             return loaded
         started, manifest = time.perf_counter(), loaded.manifest
         if outline.hidden_layer is not None and loaded.hidden is None:
             return Missed(f"{loaded.tiers[-1].name}: stored without hidden states")
-        pool, layout = self._runner.pool, manifest.layout
-        handle = allocate(outline.num_tokens, outline.first_position)
-        is_partial = len(loaded.selection) < len(layout.order)
-        if is_partial:
-            zero_segment(pool, handle, manifest.shape.num_layers)
-        scatter_segment(pool, handle, layout, loaded.selection, loaded.buffer)
-        if is_partial:
-            absent = np.ones(len(layout.order), dtype=bool)
-            absent[layout.order[loaded.selection]] = False
-            self._partial[handle] = _Partial(
-                manifest.write_id, manifest.shape.page_size, absent.reshape(manifest.shape.pages)
-            )
+        pool = self._runner.pool
+        held = None if need is None else self.parts.pages(need.all)
+        handle = allocate(outline.num_tokens, outline.first_position, held)
+        if need is not None and held is not None:
+            self.parts.put(handle, held, self.parts.pages(need.now))
+        self._write_ids[handle] = manifest.write_id
+        scatter_segment(pool, handle, manifest.layout, loaded.selection, loaded.buffer)
         hidden = None
         if loaded.hidden is not None:
             dtype = self._runner.decoder.dtype
@@ -129,48 +120,53 @@ class SegmentTiers:
         )
         return segment, where
 
-    def complete(self, segment: Segment, needed: NeededTokens | None) -> str | None:
-        """Read what a request needs of a segment that was read in part.
+    def complete(
+        self,
+        segment: Segment,
+        need: DocumentNeed | None,
+        hold: Callable[[Segment, NDArray[np.bool_]], None],
+    ) -> str | None:
+        """Read what a request needs of a segment of which some pages are not in the pool.
 
-        Returns where it came from ("": nothing was missing), or None when it could not be read;
-        the segment is then of no use to the request.
+        `hold` gives pages a place, and may raise BudgetError. Returns where they came from ("":
+        nothing was missing), or None when they could not be read; the segment is then of no use to
+        the request.
         """
-        partial = self._partial.get(segment.handle)
-        if partial is None:
+        handle = segment.handle
+        missing = self.parts.not_valid(handle, None if need is None else need.now)
+        if missing is not None and not self.store:
+            return None
+        homeless = self.parts.not_held(handle, None if need is None else need.all)
+        if homeless is not None:
+            hold(segment, homeless)
+        if missing is None:
             return ""
-        shape = partial.absent.shape
-        wanted = partial.absent
-        if needed is not None:
-            wanted = wanted & needed.pages(partial.page_size)
-        if not wanted.any():
-            return ""
-        flat = wanted.reshape(-1, shape[2])
-        tokens = np.repeat(flat, partial.page_size, axis=1)[:, : segment.num_tokens]
-        missing = NeededTokens(tokens, np.arange(len(flat)).reshape(shape[:2]))
+        page_size = self._runner.pool.page_size
+        flat = missing.reshape(-1, missing.shape[2])
+        tokens = np.repeat(flat, page_size, axis=1)[:, : segment.num_tokens]
+        wanted = NeededTokens(tokens, np.arange(len(flat)).reshape(missing.shape[:2]))
         outline = Outline(segment.key, segment.num_tokens, segment.first_position)
-        loaded = self._read(outline, missing)
-        if isinstance(loaded, Missed) or loaded.manifest.write_id != partial.write_id:
+        loaded = self._read(outline, wanted)
+        if isinstance(loaded, Missed) or loaded.manifest.write_id != self._write_ids.get(handle):
             return None
         started, layout = time.perf_counter(), loaded.manifest.layout
-        scatter_segment(self._runner.pool, segment.handle, layout, loaded.selection, loaded.buffer)
-        absent = partial.absent & ~wanted
-        if absent.any():
-            self._partial[segment.handle] = _Partial(partial.write_id, partial.page_size, absent)
-        else:
-            del self._partial[segment.handle]
+        scatter_segment(self._runner.pool, handle, layout, loaded.selection, loaded.buffer)
+        self.parts.fill(handle, missing)
         return _where_from(loaded, loaded.done(time.perf_counter() - started))
+
+    def can_come_back(self, segment: Segment) -> bool:
+        """Whether a tier has the very K and V that a segment has, as far as its manifest tells."""
+        write_id = self._write_ids.get(segment.handle)
+        return write_id is not None and self.store.holds(segment.key, write_id)
 
     def forget(self, segment: Segment) -> None:
         """The segment's pages were given back."""
-        self._partial.pop(segment.handle, None)
+        self.parts.forget(segment.handle)
+        self._write_ids.pop(segment.handle, None)
 
     def contains(self, outline: Outline) -> bool:
         """Whether a tier has the segment, as far as its manifest tells."""
         return self.store.contains(outline.key, self._expected(outline))
-
-    def is_partial(self, segment: Segment) -> bool:
-        """Whether some of the segment's pages were not read."""
-        return segment.handle in self._partial
 
     def _read(self, outline: Outline, needed: NeededTokens | None) -> Loaded | Missed:
         return self.store.load(
@@ -209,7 +205,7 @@ class SegmentTiers:
 
     def save(self, segment: Segment) -> None:
         """Copy a segment out of its pages; a thread writes it to every tier."""
-        if not self.store or self.is_partial(segment):
+        if not self.store or self.parts.is_partial(segment.handle):
             return
         expected = self._expected(Outline(segment.key, segment.num_tokens, segment.first_position))
         pool = self._runner.pool
@@ -220,7 +216,7 @@ class SegmentTiers:
             pool.page_size,
             expected.row_bytes,
         )
-        regions = Regions.of_heads(*self._rules, pool.page_size, shape.num_pages)
+        regions = self.parts.regions(shape.num_tokens)
         manifest = Manifest(
             key=segment.key,
             fingerprint=self._fingerprint,
@@ -238,6 +234,7 @@ class SegmentTiers:
             if segment.hidden is None
             else segment.hidden.shape[1] * segment.hidden.dtype.itemsize,
         )
+        self._write_ids[segment.handle] = manifest.write_id
         pages = gather_segment(pool, segment.handle, manifest.layout)
         hidden = None
         if segment.hidden is not None:

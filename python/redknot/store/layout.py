@@ -20,11 +20,19 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["REGIONS", "NeededTokens", "PageRun", "Regions", "SegmentLayout", "SegmentShape"]
+__all__ = [
+    "MIDDLE",
+    "REGIONS",
+    "NeededTokens",
+    "PageRun",
+    "Regions",
+    "SegmentLayout",
+    "SegmentShape",
+]
 
 # Coldest first. The order is part of the format: a page's region is stored by its number.
 REGIONS = ("middle", "window", "sink", "global")
-_MIDDLE, _WINDOW, _SINK, _GLOBAL = range(4)
+MIDDLE, _WINDOW, _SINK, _GLOBAL = range(4)
 
 # An object holds whole layers and is closed when it has this many bytes: below every engine's limit
 # for one item (Redis: 512 MiB), long enough that one request each costs nothing.
@@ -97,7 +105,7 @@ class Regions:
         """Region number of every page [num_layers, num_kv_heads, num_pages]."""
         page = np.arange(num_pages)
         first, last = self.first_pages[..., None], self.last_pages[..., None]
-        region = np.where(page >= num_pages - last, _WINDOW, _MIDDLE)
+        region = np.where(page >= num_pages - last, _WINDOW, MIDDLE)
         region = np.where(page < first, _SINK, region)
         return np.where(first < 0, _GLOBAL, region).astype(np.uint8)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from redknot.cache import KVPool
 from redknot.store.layout import SegmentLayout
 
-__all__ = ["gather_segment", "scatter_segment", "zero_segment"]
+__all__ = ["clean_pages", "gather_segment", "scatter_segment"]
 
 
 def _slots(pool: KVPool, handle: int, num_layers: int) -> NDArray[np.int64]:
@@ -41,25 +41,25 @@ def scatter_segment(
     selection: NDArray[np.int64],
     buffer: NDArray[np.uint8],
 ) -> None:
-    """Put pages that were read into the pages of a segment; the page sizes may differ."""
+    """Put pages that were read into those that a segment has; the page sizes may differ."""
     if not len(selection):
         return
     k_row, v_row, token = layout.rows(selection)
-    slots = _index(pool, _slots(pool, handle, layout.shape.num_layers)[token])
+    slots = _slots(pool, handle, layout.shape.num_layers)[token]
+    there = slots >= 0
+    if not there.all():
+        k_row, v_row, slots = k_row[there], v_row[there], slots[there]
     head_dim = pool.k_cache.shape[-1]
     rows = torch.from_numpy(buffer).view(pool.k_cache.dtype).view(-1, head_dim).to(pool.device)
     for cache, row in ((pool.k_cache, k_row), (pool.v_cache, v_row)):
-        cache.view(-1, head_dim).index_copy_(0, slots, rows[_index(pool, row)])
+        cache.view(-1, head_dim).index_copy_(0, _index(pool, slots), rows[_index(pool, row)])
 
 
-def zero_segment(pool: KVPool, handle: int, num_layers: int) -> None:
-    """Make every slot of a segment zero, so that what is not read is at least finite.
-
-    Where freed pages are poisoned, what is not read becomes NaN instead, which proves that nothing
-    reads it.
-    """
-    value = torch.nan if pool.allocator.poisons_freed_pages else 0.0
-    slots = _index(pool, _slots(pool, handle, num_layers))
-    head_dim = pool.k_cache.shape[-1]
-    for cache in (pool.k_cache, pool.v_cache):
-        cache.view(-1, head_dim).index_fill_(0, slots, value)
+def clean_pages(pool: KVPool, handle: int, pages: NDArray[np.bool_]) -> None:
+    """Make pages [num_layers, num_kv_heads, pages] that a segment has harmless to touch."""
+    numbers = []
+    for layer in np.flatnonzero(pages.any(axis=(1, 2))):
+        slots = pool.allocator.segment_slots(handle, int(layer))[:: pool.page_size].T
+        numbers.append(slots[pages[layer]] // pool.page_size)
+    if numbers:
+        pool.clean(_index(pool, np.concatenate(numbers)))

@@ -180,6 +180,11 @@ class TieredStore:
                 return True
         return False
 
+    def holds(self, key: str, write_id: str) -> bool:
+        """Whether a tier has what one write of a segment has put there; no miss is counted."""
+        found = (tier.manifest(key, count_misses=False) for tier in self.tiers)
+        return any(isinstance(m, Manifest) and m.write_id == write_id for m in found)
+
     def prefetch(
         self,
         key: str,

@@ -1,10 +1,10 @@
 """How many sessions a fixed pool admits, head-aware beside monolithic, and how fast they decode.
 
-The pool holds exactly 16 monolithic sessions (without `--quick` up to 64 of short ones) of a slice
-of layers that keeps the global fraction of the published head map; KV heads, page size and lengths
-are the model's. Head dimension and hidden size are small: they scale bytes and time alike, and no
-count of sessions depends on them. Sessions are admitted by the engine until it refuses one, each
-with a question and with room for its whole answer. The first one of a model and context is
+The pool holds exactly 16 monolithic sessions (32 of contexts up to 32K without `--quick`) of a
+slice of layers that keeps the global fraction of the published head map; KV heads, page size and
+lengths are the model's. Head dimension and hidden size are small: they scale bytes and time alike,
+and no count of sessions depends on them. Sessions are admitted by the engine until it refuses one,
+each with a question and with room for its whole answer. The first one of a model and context is
 recovered by computing; of those that follow only the pages are taken, the same ones by the same
 calls, and `computed` says how many were which.
 """
@@ -35,8 +35,8 @@ __all__ = ["CapacityRow", "run"]
 _HEAD_DIM, _HIDDEN, _VOCAB, _KV_HEADS = 8, 64, 256, 8
 _DOCUMENTS, _QUESTION_TOKENS, _ANSWER_TOKENS = 8, 64, 960
 _PAGE_SIZE, _SMALL_PAGE_SIZE = 64, 16
-_MOST_RATIO = 40  # where everything is shared the end is far away
-_POOL_TOKENS = 3 << 19  # of the monolithic sessions together
+_MOST_SESSIONS = 800  # where everything is shared the end is far away
+_POOL_TOKENS = 1 << 20  # of the monolithic sessions together
 _MOST_STEPS, _DECODE_SECONDS = 3, 2.0
 
 # Global KV heads in each layer of the slice, after the published maps: Qwen3-32B has 4 or 5 of 8 in
@@ -110,7 +110,7 @@ class _Pool:
         self.page_size = page_size or _PAGE_SIZE
         self.num_rows = len(globals_per_layer) * _KV_HEADS
         sessions = 16 if options.quick else _POOL_TOKENS // context
-        self.num_monolithic = min(max(sessions, 16), 64)
+        self.num_monolithic = min(max(sessions, 16), 32)
         pages = -(-(context + _ANSWER_TOKENS) // self.page_size)
         page_bytes = 2 * self.page_size * _HEAD_DIM * options.torch_dtype.itemsize
         self.budget = self.num_monolithic * pages * self.num_rows * page_bytes
@@ -180,10 +180,9 @@ class _Pool:
     ) -> _Filled:
         """Admit sessions until the pool refuses one, then decode with all of them."""
         admitted: list[Admitted] = []
-        limit = _MOST_RATIO * self.num_monolithic
         replay = _Replay(engine)
         try:
-            while len(admitted) < limit:
+            while len(admitted) < _MOST_SESSIONS:
                 self.options.progress(
                     f"{self.name} {self.context} {policy.name}: {len(admitted)} sessions"
                 )
@@ -203,7 +202,7 @@ class _Pool:
                 except BudgetError:
                     break
             replay.close()
-            filled = _Filled(len(admitted), min(computed, len(admitted)), limit)
+            filled = _Filled(len(admitted), min(computed, len(admitted)), _MOST_SESSIONS)
             filled.account(engine)
             filled.seconds_per_step = _decode_seconds(engine, admitted)
             return filled
