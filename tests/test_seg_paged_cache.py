@@ -17,6 +17,7 @@ from hf_tiny import (
 )
 
 from redknot.cache.pool import KVPool, bytes_per_page
+from redknot.cache.pool_options import PoolOptions
 from redknot.errors import BudgetError, HeadMapError, InputError
 from redknot.heads import HeadMap
 from redknot.models.attach import attach
@@ -94,6 +95,74 @@ def test_bytes_are_those_the_head_map_foretells(model, length):
 
 
 @torch.no_grad()
+def kept_pages(window, sink, length):
+    """Pages of a row that a later token can see some of."""
+    pages = range(-(-length // PAGE))
+    first_seen = 0 if window < 0 else length - window + 1
+    return sum(p * PAGE < sink or min((p + 1) * PAGE, length) > first_seen for p in pages)
+
+
+def peak_by_layer(length, rows=1):
+    """Most pages at once: a layer whole, the layers before it as later tokens see them."""
+    windows, sinks = HEADS.rules([None] * NUM_LAYERS)
+    kept = [
+        sum(kept_pages(w, s, length) for w, s in zip(*layer, strict=True))
+        for layer in zip(windows.tolist(), sinks.tolist(), strict=True)
+    ]
+    whole = NUM_HEADS * -(-length // PAGE)
+    return rows * max(sum(kept[:layer]) + whole for layer in range(NUM_LAYERS))
+
+
+@pytest.fixture
+def pages_in_use(monkeypatch):
+    """Pages that are held while each layer attends; freed ones are NaN."""
+    taken, attend, make = [], KVPool.attend, PoolOptions.make_pool
+
+    def counting(pool, *args, **options):
+        taken.append(len(pool.k_cache) - pool.allocator.free_pages())
+        return attend(pool, *args, **options)
+
+    def poisoned(options, shape, like, num_pages):
+        made = make(options, shape, like, 1)
+        return poisoned_pool(num_pages) if made.page_size == PAGE else made
+
+    monkeypatch.setattr(KVPool, "attend", counting)
+    monkeypatch.setattr(PoolOptions, "make_pool", poisoned)
+    return taken
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_local_heads_of_one_layer_alone_hold_a_whole_prompt(model, pages_in_use, rows):
+    ids = torch.cat([prompt(1, 90, seed=number) for number in range(rows)])
+    cache = SegPagedCache(model.config, HEADS, page_size=PAGE, max_tokens=96)
+    with torch.inference_mode():
+        by_layer = model(ids, past_key_values=cache).logits
+        assert max(pages_in_use) == peak_by_layer(90, rows)
+        assert len(cache.pool.k_cache) < 0.9 * rows * NUM_LAYERS * NUM_HEADS * 12
+        assert cache.kv_bytes() == rows * held_bytes(90)
+        pages_in_use.clear()
+        shared = SegPagedCache(model.config, HEADS, page_size=PAGE, pool=poisoned_pool())
+        at_once = model(ids, past_key_values=shared).logits
+        assert max(pages_in_use) == rows * NUM_LAYERS * NUM_HEADS * 12 > peak_by_layer(90, rows)
+        torch.testing.assert_close(by_layer, at_once, rtol=0, atol=0)
+        for token in (7, 8):  # and what was kept is what decoding needs
+            step = torch.full((rows, 1), token)
+            ours, theirs = (model(step, past_key_values=c).logits for c in (cache, shared))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_a_prompt_fits_where_its_layers_fit_one_after_the_other(model):
+    ids, enough = prompt(1, 90), peak_by_layer(90)
+    with torch.inference_mode():
+        model(ids, past_key_values=SegPagedCache(
+            model.config, HEADS, page_size=PAGE, num_pages=enough))  # fmt: skip
+        small = SegPagedCache(model.config, HEADS, page_size=PAGE, num_pages=enough - 1)
+        with pytest.raises(BudgetError, match=f"{enough} more pages are needed, {enough - 1} are"):
+            model(ids, past_key_values=small)
+        assert small.get_seq_length() == 0 and small.kv_bytes() == 0
+        model(prompt(1, 20), past_key_values=small)  # it is as before
+
+
 def test_lengths_are_logical(model):
     cache = SegPagedCache(model.config, HEADS, page_size=PAGE, max_tokens=99)
     assert (cache.get_seq_length(), cache.get_max_length(), cache.get_max_cache_shape()) == (
@@ -118,12 +187,12 @@ def test_a_pool_without_a_budget_grows(model):
     cache = SegPagedCache(model.config, heads, page_size=PAGE)
     out = model(ids, past_key_values=cache)
     first_size = cache.stats()["pool_pages"]
-    for _ in range(300):
+    for _ in range(400):
         out = model(out.logits[:, -1:].argmax(-1), past_key_values=cache)
     assert cache.stats()["pool_pages"] > first_size
-    assert cache.get_seq_length() == 320
+    assert cache.get_seq_length() == 420
     with_room = SegPagedCache(model.config, heads, page_size=PAGE, max_tokens=500)
-    expected = greedy(model, ids, 301, past_key_values=with_room)
+    expected = greedy(model, ids, 401, past_key_values=with_room)
     assert with_room.stats()["kv_bytes"] == cache.stats()["kv_bytes"]
     assert torch.equal(out.logits[:, -1].argmax(-1), expected[:, -1])
 

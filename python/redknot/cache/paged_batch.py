@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redknot import _memory
-from redknot.cache.pool import KVPool
+from redknot.cache.pool import KVPool, out_of_pages
 from redknot.cache.pool_options import PoolOptions
 from redknot.errors import BudgetError, HeadMapError, InputError
 
@@ -71,6 +71,7 @@ class PagedBatch:
         self._appended = 0  # slots that the allocator knows of
         self._pads: list[NDArray[np.int64]] = []  # per row: slots that hold no token
         self._step: _Step | None = None
+        self._is_by_layer = False  # the pass in progress takes and gives back pages layer by layer
         self._row_rules: list[tuple[Tensor, Tensor]] = []
         self._finalizer: weakref.finalize | None = None
 
@@ -124,6 +125,8 @@ class PagedBatch:
             tokens_q, k, v = q[step.token_index], k[step.token_index], v[step.token_index]
         else:
             tokens_q = q
+        if self._is_by_layer:
+            pool.allocator.append_layer(self.sessions, step.num_tokens, layer)
         slots = [
             pool.allocator.tail_slots(session, layer, int(count))
             for session, count in zip(self.sessions, step.num_tokens, strict=True)
@@ -140,12 +143,16 @@ class PagedBatch:
             row_sink=row_sink,
             softmax_scale=softmax_scale,
         )
+        if self._is_by_layer:
+            for session in self.sessions:
+                pool.allocator.expire_layer(session, layer)
         if step.token_index is not None:
             tokens_out, out = out, torch.zeros_like(q)
             out[step.token_index] = tokens_out
         is_last = layer == len(self._seen) - 1
         if is_last and step_tokens > pool.page_size and not self.keep_expired:
             self.expire()  # a prompt leaves much behind; decoding expires as it appends
+        self._is_by_layer &= not is_last
         return out.view(batch, step_tokens, *out.shape[1:])
 
     def _begin_step(self, k: Tensor, is_token: Tensor | None) -> None:
@@ -171,6 +178,15 @@ class PagedBatch:
             on_host = is_token.cpu().numpy()
             num_tokens = on_host.sum(axis=1).astype(np.int64)
             new_pads = [np.flatnonzero(~row) + self._appended for row in on_host]
+        # The first prompt of a pool of its own: nobody else takes the pages that are counted on, and
+        # a pass that breaks off can be taken back, as there was nothing before it.
+        self._is_by_layer = (
+            self._owns_pool
+            and not self._appended
+            and not self.keep_expired
+            and step_tokens > self.options.page_size
+            and bool((self.windows >= 0).any())
+        )
         try:
             self._append(k, num_tokens)
         except BaseException:
@@ -194,8 +210,17 @@ class PagedBatch:
         pool.copy(copies)
 
     def _append_tokens(self, pool: KVPool, num_tokens: NDArray[np.int64]) -> NDArray[np.int32]:
+        allocator = pool.allocator
+        if self._is_by_layer:  # each layer takes its own; that all of them can is seen to here
+            free, needed = (
+                allocator.free_pages(),
+                allocator.layerwise_pages(self.sessions, num_tokens),
+            )
+            if needed > free:
+                raise out_of_pages(needed, free)
+            return np.empty((0, 2), dtype=np.int32)
         # What has left the windows is seen by none of the new tokens either.
-        return pool.allocator.append_tokens(
+        return allocator.append_tokens(
             self.sessions, num_tokens, expire_first=not self.keep_expired
         )
 
@@ -207,7 +232,9 @@ class PagedBatch:
         device: torch.device,
     ) -> _Step:
         assert self.pool is not None
-        ends = [self.pool.allocator.session_length(session) for session in self.sessions]
+        ends = num_tokens.tolist()
+        if not self._is_by_layer:
+            ends = [self.pool.allocator.session_length(session) for session in self.sessions]
         positions = [np.arange(end - n, end) for end, n in zip(ends, num_tokens, strict=True)]
         cu_seqlens = np.concatenate([[0], np.cumsum(num_tokens)])
 
@@ -229,7 +256,12 @@ class PagedBatch:
         """Return the pool, made now if need be, with a session for every row."""
         if self.pool is None:
             num_pages = self.options.first_pages(
-                self.windows, self.sinks, num_tokens, k.shape[-1], k.dtype
+                self.windows,
+                self.sinks,
+                num_tokens,
+                k.shape[-1],
+                k.dtype,
+                by_layer=self._is_by_layer,
             )
             self.pool = self.options.make_pool(self.windows.shape, k, num_pages)
         pool = self.pool

@@ -12,7 +12,7 @@ from redknot import _memory, ops
 from redknot.cache.page_selection import PageSelector, select_pages
 from redknot.cache.swap import SwapSpace
 
-__all__ = ["KVPool", "bytes_per_page"]
+__all__ = ["KVPool", "bytes_per_page", "out_of_pages"]
 
 
 _SEEN = 1e4  # of values that nobody should see, where that is tested
@@ -29,6 +29,13 @@ def _new_pages(like: Tensor, num_pages: int) -> Tensor:
     if pages.device.type == "cpu":
         _memory.advise_huge_pages(pages.data_ptr(), pages.nbytes)
     return pages
+
+
+def out_of_pages(needed: int, free: int) -> _memory.OutOfPages:
+    """Return what a call of the allocator raises that needs more pages than are free."""
+    error = _memory.OutOfPages(f"{needed} pages are needed, {free} are free")
+    error.pages_needed, error.pages_free = needed, free
+    return error
 
 
 class KVPool:

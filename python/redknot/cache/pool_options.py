@@ -67,17 +67,24 @@ class PoolOptions:
         num_tokens: NDArray[np.int64],
         head_dim: int,
         dtype: torch.dtype,
+        *,
+        by_layer: bool = False,
     ) -> int:
-        """Pages to begin with when the first forward pass has `num_tokens` [batch] tokens."""
+        """Pages to begin with when the first forward pass has `num_tokens` [batch] tokens.
+
+        With `by_layer` the local heads of one layer alone hold the whole pass at once.
+        """
         fixed = self.fixed_pages(head_dim, dtype)
         if fixed is not None:
             return fixed
         step = int(num_tokens.max())
         length = self.max_tokens or step + max(_SPARE_TOKENS, step // 4)
         whole = -(-length // self.page_size)
-        window_pages = (windows.astype(np.int64) + step) // self.page_size + 2
-        local = np.minimum(whole, -(-sinks // self.page_size) + window_pages)
-        return len(num_tokens) * int(np.where(windows < 0, whole, local).sum())
+        seen = windows.astype(np.int64) + (0 if by_layer else step)
+        local = np.minimum(whole, -(-sinks // self.page_size) + seen // self.page_size + 2)
+        kept = np.where(windows < 0, whole, local)
+        most = (whole - kept).sum(axis=1).max() if by_layer else 0
+        return len(num_tokens) * int(kept.sum() + most)
 
     def make_pool(self, shape: tuple[int, ...], like: Tensor, num_pages: int) -> KVPool:
         """Make a pool for `shape` (num_layers, num_kv_heads), with the head_dim of `like`."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from redknot._memory import OutOfPages
+from redknot.cache import out_of_pages
 from redknot.cache.page_selection import PageSelector
 from redknot.engine.chains import Chain, RecoveredChains, chain_key
 from redknot.engine.documents import DocumentCache, Found, LostPagesError, place
@@ -335,9 +336,7 @@ class Admission:
         needed += allocator.session_swapped_pages(session)
         free = allocator.free_pages()
         if needed > free:
-            missing = OutOfPages(f"decoding may need {needed} pages, {free} are free")
-            missing.pages_needed, missing.pages_free = needed, free
-            raise missing
+            raise out_of_pages(needed, free)
 
     def _ledger(self, counter: FlopCounter, num_tokens: int, offline_flops: float) -> Ledger:
         decoder = self._runner.decoder
