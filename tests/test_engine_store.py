@@ -261,7 +261,7 @@ def test_needed_tokens_are_what_the_visibility_rule_says(picks):
         sinks = np.where(is_global, 0, rng.integers(0, 9, (4, 2))).astype(np.int32)
         arguments = (RecoveryPlan(tuple(layers)), layout, HeadRules(is_global, windows, sinks), 1)
         before = needs_of(*arguments)
-        after = needs_of(*arguments, picked) if picks else before
+        after = needs_of(*arguments, {id(inside): picked}) if picks else before
         for layer, step in enumerate(layers):
             query = range(layout.query_begin, total)
             for head in range(2):

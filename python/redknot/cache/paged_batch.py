@@ -178,7 +178,7 @@ class PagedBatch:
             on_host = is_token.cpu().numpy()
             num_tokens = on_host.sum(axis=1).astype(np.int64)
             new_pads = [np.flatnonzero(~row) + self._appended for row in on_host]
-        # The first prompt of a pool of its own: nobody else takes the pages that are counted on, and
+        # The first prompt of a pool of its own: nobody else takes pages that are counted on, and
         # a pass that breaks off can be taken back, as there was nothing before it.
         self._is_by_layer = (
             self._owns_pool

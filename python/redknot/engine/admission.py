@@ -145,8 +145,11 @@ class Admission:
         )
         chain_session = None
 
-        def read_picked(picked: np.ndarray) -> None:
-            found[:] = self._documents.read_picked(found, picked, plan, layout, rules)
+        picks: dict[int, np.ndarray] = {}
+
+        def read_picked(chosen_from: np.ndarray, picked: np.ndarray) -> None:
+            picks[id(chosen_from)] = picked
+            found[:] = self._documents.read_picked(found, session, picks, plan, layout, rules)
 
         try:
             counter = FlopCounter(decoder.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -164,12 +164,15 @@ class DocumentCache:
     def read_picked(
         self,
         found: Sequence[Found],
-        picked: np.ndarray,
+        session: int,
+        picked: Mapping[int, np.ndarray],
         plan: RecoveryPlan,
         layout: PromptLayout,
         rules: HeadRules,
     ) -> list[Found]:
-        """Read what rows need that a plan has picked, of documents that were found before.
+        """Read what rows need that a plan has picked (see `needs_of`), of documents of a session.
+
+        Where the session has copies of pages that were empty so far, the copies are filled too.
 
         Raises
         ------
@@ -178,15 +181,31 @@ class DocumentCache:
         """
         needs = needs_of(plan, layout, rules, self._runner.pool.page_size, picked)
         read = []
-        for item, need in zip(found, needs, strict=True):
+        for item, need, document in zip(found, needs, layout.documents, strict=True):
+            missing = self.tiers.parts.not_valid(item.segment.handle, need.now)
             where = self.tiers.complete(item.segment, need, self._hold)
             if where is None:
                 self._discard(item.segment)
                 raise LostPagesError(item.segment.key)
-            if where:
+            if missing is not None:
+                self._fill_copies(item.segment, missing, session, document)
                 item = replace(item, reason=f"{item.reason}, then for the rows picked {where}")
             read.append(item)
         return read
+
+    def _fill_copies(
+        self, segment: Segment, pages: NDArray[np.bool_], session: int, document: Placement
+    ) -> None:
+        """Copy pages of a segment to where a session has pages of its own for them."""
+        pool = self._runner.pool
+        positions = np.arange(document.begin, document.end, pool.page_size)
+        copies = []
+        for layer in np.flatnonzero(pages.any(axis=(1, 2))).tolist():
+            theirs = pool.allocator.segment_slots(segment.handle, layer)[:: pool.page_size]
+            own = pool.allocator.position_slots(session, layer, positions)
+            differ = pages[layer].T & (own >= 0) & (own != theirs)
+            copies.append(np.stack([theirs[differ], own[differ]], axis=1) // pool.page_size)
+        pool.copy(np.concatenate(copies).astype(np.int32))
 
     def keys(self, documents: Collection[str]) -> set[str]:
         """Keys that a request over `documents` must keep: theirs and the prefix's."""

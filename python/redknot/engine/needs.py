@@ -7,7 +7,7 @@ before, which ones it is only then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,16 +50,17 @@ def needs_of(
     layout: PromptLayout,
     rules: HeadRules,
     page_size: int,
-    picked: NDArray[np.int64] | None = None,
+    picked: Mapping[int, NDArray[np.int64]] | None = None,
 ) -> list[DocumentNeed]:
     """Tokens of each document whose cached K/V are read, in whole pages.
 
     A head needs what is visible to the rows that attend in its layer (live ones and the query's;
     rows of the answer see no more of the documents than the query's last row), and what lies beside
     rows in pages that are copied before they are written, less what is replaced before anything
-    reads it. `picked` are the rows that the pick has kept, once they are known.
+    reads it. `picked` are the rows that picks have kept so far, by the id of the plan's array that
+    they were picked from.
     """
-    reading = _Reading(plan, layout, picked)
+    reading = _Reading(plan, picked or {})
     known: dict[tuple[int, ...], int] = {}
     now: list[NDArray[np.bool_]] = []
     later: list[NDArray[np.bool_]] = []
@@ -111,19 +112,16 @@ class _HeadReads:
 
 
 class _Reading:
-    """Which rows read what: sets of the plan, before or after its pick."""
+    """Which rows read what: sets of the plan, as far as its picks have decided them."""
 
-    def __init__(
-        self, plan: RecoveryPlan, layout: PromptLayout, picked: NDArray[np.int64] | None
-    ) -> None:
+    def __init__(self, plan: RecoveryPlan, picked: Mapping[int, NDArray[np.int64]]) -> None:
         self._plan, self._picked = plan, picked
-        picks = [number for number, step in enumerate(plan.layers) if step.pick is not None]
-        self._pick_layer = picks[0] if picks else len(plan.layers)
-        step = plan.layers[self._pick_layer] if picks else None
-        self._open = () if step is None else (step.present, step.live)
+        self._open_from: dict[int, int] = {}  # layer of the pick, by the id of the plan's array
         self._always = _NOBODY
-        if step is not None and step.pick is not None:
-            self._always = step.pick.always
+        for layer, step in enumerate(plan.layers):
+            if step.pick is not None:
+                self._open_from[id(step.present)] = layer
+                self._always = step.pick.always
         self._known: dict[tuple[int, bool], _HeadReads] = {}
 
     def of(self, layer: int, is_global: bool) -> _HeadReads:
@@ -132,27 +130,29 @@ class _Reading:
             self._known[layer, is_global] = self._reads(layer, is_global)
         return self._known[layer, is_global]
 
-    def _is_open(self, rows: NDArray[np.int64]) -> bool:
-        """Whether a set stands for what the pick keeps of it."""
-        return any(rows is other for other in self._open)
+    def _is_open(self, rows: NDArray[np.int64], layer: int) -> bool:
+        """Whether a set stands, in a layer's attention, for what a pick keeps of it."""
+        return layer >= self._open_from.get(id(rows), len(self._plan.layers))
 
     def _reads(self, layer: int, is_global: bool) -> _HeadReads:
         step: LayerPlan = self._plan.layers[layer]
         written = step.fresh if is_global else step.fresh_local
-        copied = written if self._plan.picks and not is_global else _NOBODY
-        at_pick, behind = layer == self._pick_layer, layer > self._pick_layer
-        replaced, read = written, _NOBODY
-        if at_pick and step.pick is not None and step.pick.by == "kv_shift":
+        # K and V are written before the layer's own pick.
+        written_is_open = self._is_open(written, layer - 1)
+        replaced = self._picked.get(id(written), _NOBODY) if written_is_open else written
+        # Pages that are copied before anything is known have to be whole; copies of what is read
+        # after a pick are filled then.
+        copied = written if self._plan.picks and not is_global and not written_is_open else _NOBODY
+        read = _NOBODY
+        if step.pick is not None and step.pick.by == "kv_shift":
             read = written  # the cached ones are compared with the new ones
-        if behind and self._is_open(written):
-            replaced = _NOBODY if self._picked is None else self._picked
         rows, rows_later = step.live, _NOBODY
-        if (at_pick or behind) and self._is_open(step.live):
-            if self._picked is not None:
-                rows = self._picked
-            elif not is_global and not (behind and self._is_open(written)):
+        if self._is_open(step.live, layer):
+            if id(step.live) in self._picked:
+                rows = self._picked[id(step.live)]
+            elif not is_global:
                 rows, rows_later = self._always, step.live
-        if at_pick and is_global:  # all rows ask the global heads, for the pick
+        if step.pick is not None and is_global:  # all rows ask the global heads, for the pick
             rows = step.present
         return _HeadReads(rows, rows_later, replaced, read, copied)
 

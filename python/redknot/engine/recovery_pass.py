@@ -61,7 +61,8 @@ class RecoveryPass:
     counter : FlopCounter
         Told of everything that is computed.
     on_pick : callable, optional
-        Called with the positions that a pick has kept, int64 ascending, before they attend.
+        Called with the plan's array that a pick chose from and the positions that it kept, int64
+        ascending, before they attend.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class RecoveryPass:
         rules: HeadRules,
         tail_slots: TokenSlots,
         counter: FlopCounter,
-        on_pick: Callable[[np.ndarray], None] | None = None,
+        on_pick: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> None:
         self._on_pick = on_pick
         self._decoder, self._pool, self._session = decoder, pool, session
@@ -110,7 +111,7 @@ class RecoveryPass:
                 assert shift is not None
                 rows.pick(step.pick, step.present, shift)
                 if self._on_pick is not None:
-                    self._on_pick(rows.now(step.present).cpu().numpy())
+                    self._on_pick(step.present, rows.now(step.present).cpu().numpy())
             hidden, normed = rows.keep(step.live, hidden, normed)
             self.trace.append(LayerTrace(rows.documents, fresh, fresh_local))
 

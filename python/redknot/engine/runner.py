@@ -36,7 +36,7 @@ class Runner:
         *,
         tail_slots: TokenSlots,
         counter: FlopCounter,
-        on_pick: Callable[[np.ndarray], None] | None = None,
+        on_pick: Callable[[np.ndarray, np.ndarray], None] | None = None,
     ) -> tuple[Tensor, list[LayerTrace]]:
         """Logits [vocab_size] of a prompt's last row, and which document rows lived.
 

@@ -1,12 +1,13 @@
 """How many sessions a fixed pool admits, head-aware beside monolithic, and how fast they decode.
 
-The pool holds exactly 16 monolithic sessions (32 of contexts up to 32K without `--quick`) of a
-slice of layers that keeps the global fraction of the published head map; KV heads, page size and
-lengths are the model's. Head dimension and hidden size are small: they scale bytes and time alike,
-and no count of sessions depends on them. Sessions are admitted by the engine until it refuses one,
-each with a question and with room for its whole answer. The first one of a model and context is
-recovered by computing; of those that follow only the pages are taken, the same ones by the same
-calls, and `computed` says how many were which.
+The pool holds exactly 16 monolithic sessions of a slice of layers that keeps the global fraction of
+the published head map; KV heads, page size and lengths are the model's. Head dimension and hidden
+size are small: they scale bytes and time alike, and no count of sessions depends on them. Sessions
+are admitted by the engine until it refuses one, each with a question and with room for its whole
+answer. The first one of a model and a context up to 32K is recovered by computing; of those that
+follow only the pages are taken, the same ones by the same calls, and `computed` says how many were
+which. One case more, of 32 sessions and small pages, shows what is lost to whole pages and to the
+documents of the newest session, which lie in the pool as a whole while it is recovered.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ __all__ = ["CapacityRow", "run"]
 _HEAD_DIM, _HIDDEN, _VOCAB, _KV_HEADS = 8, 64, 256, 8
 _DOCUMENTS, _QUESTION_TOKENS, _ANSWER_TOKENS = 8, 64, 960
 _PAGE_SIZE, _SMALL_PAGE_SIZE = 64, 16
-_MOST_SESSIONS = 800  # where everything is shared the end is far away
-_POOL_TOKENS = 1 << 20  # of the monolithic sessions together
-_MOST_STEPS, _DECODE_SECONDS = 3, 2.0
+_MOST_RATIO = 25  # where everything is shared the end is far away
+_SESSIONS, _MORE_SESSIONS = 16, 32  # monolithic ones that fill the pool
+_LONGEST_COMPUTED = 32_768  # of longer contexts no recovery is computed: minutes each
+_MOST_STEPS, _DECODE_SECONDS = 3, 0.5
 
 # Global KV heads in each layer of the slice, after the published maps: Qwen3-32B has 4 or 5 of 8 in
 # the last 14 of its 64 layers (15.0 % in all), Llama-70B 4 of 8 in the last quarter (12.5 %),
@@ -66,10 +68,10 @@ def run(options: Options, roofs: Roofs) -> list[Row]:
     """Fill the pools; without chosen contexts, decode a ragged batch too (see `decode`)."""
     rows: list[Row] = []
     cases = list(_cases(options))
-    for number, (name, context, windows, page_size) in enumerate(cases, 1):
+    for number, (name, context, windows, page_size, sessions) in enumerate(cases, 1):
         told = replace(options, progress=_numbered(options, number, len(cases)))
         globals_per_layer, own_window = _SLICES[name]
-        pool = _Pool(name, globals_per_layer, context, told, page_size=page_size)
+        pool = _Pool(name, globals_per_layer, context, told, page_size, sessions)
         for window in windows or (own_window,):
             if window < context:
                 rows += pool.rows(window)
@@ -80,17 +82,17 @@ def _numbered(options: Options, number: int, count: int) -> Callable[[str], None
     return lambda line: options.progress(f"[{number}/{count}] {line}")
 
 
-def _cases(options: Options) -> Iterator[tuple[str, int, tuple[int, ...], int]]:
-    """(model, context, windows, page size); no windows: the published one."""
+def _cases(options: Options) -> Iterator[tuple[str, int, tuple[int, ...], int, int]]:
+    """(model, context, windows, page size, monolithic sessions); no windows: the published one."""
     if options.quick:
-        yield "Llama-3.3-70B", 32_768, (1024,), _PAGE_SIZE
-        yield "Qwen3-32B", 8192, (), _PAGE_SIZE
+        yield "Llama-3.3-70B", 32_768, (1024,), _PAGE_SIZE, _SESSIONS
+        yield "Qwen3-32B", 8192, (), _PAGE_SIZE, _SESSIONS
         return
     for name in options.models or tuple(_SLICES):
         for context in options.contexts or (8192, 32_768, 131_072):
-            yield name, context, (_SLICES[name][1], 1024, 256), _PAGE_SIZE
-            if context == 32_768:  # how much of the ceiling whole pages cost
-                yield name, context, (1024,), _SMALL_PAGE_SIZE
+            yield name, context, (_SLICES[name][1], 1024, 256), _PAGE_SIZE, _SESSIONS
+            if context == 32_768:
+                yield name, context, (1024,), _SMALL_PAGE_SIZE, _MORE_SESSIONS
 
 
 class _Pool:
@@ -102,15 +104,14 @@ class _Pool:
         globals_per_layer: tuple[int, ...],
         context: int,
         options: Options,
-        *,
         page_size: int | None = None,
+        sessions: int = _SESSIONS,
     ) -> None:
         self.name, self.context, self.options = name, context, options
         self.globals_per_layer = globals_per_layer
         self.page_size = page_size or _PAGE_SIZE
         self.num_rows = len(globals_per_layer) * _KV_HEADS
-        sessions = 16 if options.quick else _POOL_TOKENS // context
-        self.num_monolithic = min(max(sessions, 16), 32)
+        self.num_monolithic = sessions
         pages = -(-(context + _ANSWER_TOKENS) // self.page_size)
         page_bytes = 2 * self.page_size * _HEAD_DIM * options.torch_dtype.itemsize
         self.budget = self.num_monolithic * pages * self.num_rows * page_bytes
@@ -129,12 +130,12 @@ class _Pool:
         classes = [["global"] * g + ["local"] * (_KV_HEADS - g) for g in self.globals_per_layer]
         heads = HeadMap(classes, window=window, sink=_SINK)
         engine = self._engine(heads)
+        if computed == 1 and (self._monolithic or self.context > _LONGEST_COMPUTED):
+            computed = 0
         if self._monolithic is None:
             self._monolithic = self._fill(
                 engine, lambda: self._documents(engine), Dense(), computed=0, share=False
             )
-        elif computed == 1:
-            computed = 0
         rows: list[CapacityRow] = []
         for shared in ("none", "same_order", "any_order"):
             engine.clear()
@@ -180,9 +181,10 @@ class _Pool:
     ) -> _Filled:
         """Admit sessions until the pool refuses one, then decode with all of them."""
         admitted: list[Admitted] = []
+        limit = _MOST_RATIO * self.num_monolithic
         replay = _Replay(engine)
         try:
-            while len(admitted) < _MOST_SESSIONS:
+            while len(admitted) < limit:
                 self.options.progress(
                     f"{self.name} {self.context} {policy.name}: {len(admitted)} sessions"
                 )
@@ -202,7 +204,7 @@ class _Pool:
                 except BudgetError:
                     break
             replay.close()
-            filled = _Filled(len(admitted), min(computed, len(admitted)), _MOST_SESSIONS)
+            filled = _Filled(len(admitted), min(computed, len(admitted)), limit)
             filled.account(engine)
             filled.seconds_per_step = _decode_seconds(engine, admitted)
             return filled
