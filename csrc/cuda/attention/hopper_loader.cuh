@@ -21,7 +21,15 @@ class HopperLoader {
   using Block = KeyBlock<Shape::kChunks>;
 
   __device__ HopperLoader(const HopperParams& params, Shared& shared)
-      : params_(params), shared_(shared) {}
+      : params_(params), shared_(shared) {
+    if (lane() == 0) {
+      ptx::prefetch_map(params.key_chunk);
+      ptx::prefetch_map(params.key_run);
+      ptx::prefetch_map(params.value_slot);
+      ptx::prefetch_map(params.value_chunk);
+      ptx::prefetch_map(params.value_run);
+    }
+  }
 
   __device__ void run(const WorkItem& item) {
     const SegPagedAttentionParams& call = params_.call;
@@ -74,9 +82,10 @@ class HopperLoader {
     const uint32_t behind = begins & ~up_to_here;
     const int end = behind == 0 ? kWarpSize : __ffs(behind) - 1;
     if (c >= Shape::kChunks || block.num_valid[c] == 0) return Box::kNone;
-    const int in_runs = (end - begin) / params_.run_chunks * params_.run_chunks;
+    const int below_run = params_.run_chunks - 1;  // a run is a power of two
+    const int in_runs = (end - begin) & ~below_run;
     if (!is_full || c - begin >= in_runs) return Box::kChunk;
-    return (c - begin) % params_.run_chunks == 0 ? Box::kRun : Box::kNone;
+    return ((c - begin) & below_run) == 0 ? Box::kRun : Box::kNone;
   }
 
   __device__ void load_keys(const Block& block) const {
