@@ -1,7 +1,7 @@
 """The FFN of selected tokens (`gathered_ffn`) of one layer: kept fractions of a prompt, few rows.
 
 Peers: the F.linear chain on the same rows (gather, norm, three projections, scatter-add), and the
-same chain on all tokens, the dense FFN: cuBLAS on a GPU.
+same chain on all tokens, the dense FFN: cuBLAS on a GPU. On Hopper also the kernels of sm_80.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from redknot import ops
-from redknot.eval.bench.options import Options
+from redknot.eval.bench.options import Options, cuda_arch, is_hopper
 from redknot.eval.bench.paged_inputs import fill_random
 from redknot.eval.bench.roofs import Roofs
 from redknot.eval.bench.rows import Row, measure_row
@@ -108,6 +108,13 @@ def _measure(
     is_slow = options.quick and options.device == "cpu"
     if options.wants("dense") and fraction is not None and fraction < 1 and not is_slow:
         peers["dense, all tokens"] = rotating(lambda layer: layer.chain(residual, every), layers)
+    if is_hopper(options.device):
+
+        def on_sm_80(layer: _Layer) -> None:
+            with cuda_arch("sm_80"):
+                layer.gathered(residual, indices, count)
+
+        peers["redknot on sm_80"] = rotating(on_sm_80, layers)
     itemsize = options.torch_dtype.itemsize
     weights = 3 * shape.hidden_dim * shape.ffn_dim
     kept = "" if fraction is None else f" of {num_tokens} ({fraction:.0%})"
