@@ -56,14 +56,14 @@ RULES = (
     # Prefill takes every register that 256 threads of an SM can have, and must not spill. Decode
     # lives from blocks per SM: as many of 128 threads (64 from head_dim 128 on) as their shared
     # memory lets in.
-    Rule(r"^attend_kernel<\w+, \d+, true>", ("HMMA", "LDSM", "LDGSTS")),
+    Rule(r"^attend_kernel<\w+, \d+, true, \w+>", ("HMMA", "LDSM", "LDGSTS")),
     Rule(
-        r"^attend_kernel<\w+, (32|64), false>",
+        r"^attend_kernel<\w+, (32|64), false, false>",
         ("HMMA", "LDSM", "LDGSTS"),
         max_registers=128,
     ),
     Rule(
-        r"^attend_kernel<\w+, (128|256), false>",
+        r"^attend_kernel<\w+, (128|256), false, false>",
         ("HMMA", "LDSM", "LDGSTS"),
         max_registers=224,
     ),

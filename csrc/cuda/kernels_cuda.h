@@ -46,8 +46,6 @@ int64_t select_tokens_workspace(int64_t num_tokens, int64_t num_seqs);
                                          int64_t num_layers,
                                          int32_t* plans,
                                          cudaStream_t stream);
-// Shared memory that a block of the attention kernels takes, in bytes; a device may give less.
-int64_t attention_shared_bytes(const SegPagedAttentionParams& params);
 // params.plan is one of these, of plan_input(params); params.maybe_workspace holds
 // max_partial_rows() rows of head_dim + 2 floats.
 [[nodiscard]] cudaError_t seg_paged_attention(const SegPagedAttentionParams& params,

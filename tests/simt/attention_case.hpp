@@ -80,6 +80,8 @@ class PagedAttention {
   }
 
   // Largest error of out and lse against fp64, `num_blocks` running the plan of each kernel.
+  // The compact prefill is what GPUs of little shared memory run.
+  template <bool kIsCompact = false>
   double error(const simt::Schedule& schedule, unsigned num_blocks = 3) {
     const int64_t num_tokens = positions_.size();
     const GpuPlanInput input = plan_input();
@@ -89,10 +91,10 @@ class PagedAttention {
     simt::Buffer<float> lse("lse", num_q_heads_ * num_tokens);
     const SegPagedAttentionParams params = make_params(plan, workspace, out, lse);
     const PlanShape shape(input);
-    if constexpr (kOnHopper && has_hopper_prefill(kHeadDim)) {
+    if constexpr (kOnHopper && !kIsCompact && has_hopper_prefill(kHeadDim)) {
       launch_hopper(params, shape, schedule, num_blocks);
     } else {
-      launch<true>(params, shape, schedule, num_blocks);
+      launch<true, kIsCompact>(params, shape, schedule, num_blocks);
     }
     launch<false>(params, shape, schedule, num_blocks);
     simt::launch({{num_blocks}, {128}, 0, schedule},
@@ -108,15 +110,15 @@ class PagedAttention {
   }
 
  private:
-  template <bool kIsPrefill>
+  template <bool kIsPrefill, bool kIsCompact = false>
   void launch(const SegPagedAttentionParams& params,
               const PlanShape& shape,
               const simt::Schedule& schedule,
               unsigned num_blocks) {
-    using Shape = TileShape<kHeadDim, kIsPrefill>;
-    const size_t smem = sizeof(SharedMemory<T, kHeadDim, kIsPrefill>);
+    using Shape = TileShape<kHeadDim, kIsPrefill, kIsCompact>;
+    const size_t smem = sizeof(SharedMemory<T, kHeadDim, kIsPrefill, kIsCompact>);
     simt::launch({{num_blocks}, {Shape::kThreads}, smem, schedule}, [&] {
-      attend_kernel<T, kHeadDim, kIsPrefill>(params, shape, ScoreScale(params));
+      attend_kernel<T, kHeadDim, kIsPrefill, kIsCompact>(params, shape, ScoreScale(params));
     });
   }
 
@@ -315,12 +317,12 @@ class PagedAttention {
 // 0.02 is what bf16 weights and outputs of a few units leave; a wrong matrix row was seen at 0.068.
 constexpr double kTolerance = 0.02;
 
-template <typename T, int kHeadDim>
+template <typename T, int kHeadDim, bool kIsCompact = false>
 void expect_right(const Case& c) {
   if (kOnHopper && !has_hopper_prefill(kHeadDim)) return;  // it has no other kernel than sm_80's
   PagedAttention<T, kHeadDim> attention(c);
   for (const simt::Schedule& schedule : simt::kSchedules) {
-    const double error = attention.error(schedule);
+    const double error = attention.template error<kIsCompact>(schedule);
     if (!(error < kTolerance)) {
       test::fail(__FILE__, __LINE__, "schedule ", simt::name_of(schedule), ": error ", error);
     }

@@ -34,6 +34,12 @@ TEST(pages_of_any_multiple_of_8) {
   expect_right<BF16, 256>(ragged(2, 24));
 }
 
+TEST(head_dim_256_within_99_kib_of_shared_memory) {
+  expect_right<BF16, 256, true>(ragged(2, 256));
+  expect_right<__half, 256, true>(
+      {.rows = {{{0, 20}, {20, 60, -20}}}, .q_positions = {range(50, 80)}, .softcap = 3.0f});
+}
+
 // One row; as decode, and with more query rows than its tile holds, as prefill.
 void expect_right_row(std::vector<Run> keys,
                       std::vector<int32_t> queries,

@@ -1,9 +1,8 @@
-// write_pages, copy_pages and rope_realign on the executor, and what attention takes of an SM.
+// write_pages, copy_pages and rope_realign on the executor.
 #include <algorithm>
 #include <cmath>
 
 #include "check.h"
-#include "cuda/attention/shared_bytes.cuh"
 #include "cuda/pages/move_rows.cuh"
 #include "cuda/rope/realign_keys.cuh"
 
@@ -232,21 +231,6 @@ TEST(pages_turn_their_valid_keys_alone) {
       }
     }
   }
-}
-
-// --- shared memory of attention -----------------------------------------------------------------
-
-TEST(what_small_gpus_cannot_run_is_known) {
-  constexpr int64_t kSmallGpu = 99 * 1024, kA100 = 163 * 1024;
-  const auto fits = [](int64_t head_dim, int64_t num_seqs, int64_t query_rows) {
-    return shared_bytes(head_dim, num_seqs, query_rows) <= kSmallGpu;
-  };
-  for (const int64_t head_dim : {32, 64, 128}) {
-    CHECK(fits(head_dim, 2, 1000) && fits(head_dim, 1, 1));
-  }
-  CHECK(fits(256, 1, 1) && !fits(256, 1, 1000));
-  CHECK(!fits(256, 2, 1000));  // of two sequences either may prefill
-  for (const int64_t head_dim : {32, 64, 128, 256}) CHECK(shared_bytes(head_dim, 2, 1000) <= kA100);
 }
 
 }  // namespace

@@ -17,15 +17,16 @@
 // these very rows.
 namespace redknot::gpu {
 
-template <typename T, int kHeadDim, bool kIsPrefill>
+template <typename T, int kHeadDim, bool kIsPrefill, bool kIsCompact>
 struct Attend {
-  using Shape = TileShape<kHeadDim, kIsPrefill>;
-  using Shared = SharedMemory<T, kHeadDim, kIsPrefill>;
+  using Shape = TileShape<kHeadDim, kIsPrefill, kIsCompact>;
+  using Shared = SharedMemory<T, kHeadDim, kIsPrefill, kIsCompact>;
   using Matrix = SharedMatrix<T, kHeadDim>;
-  using State = SoftmaxState<T, kHeadDim, kIsPrefill>;
+  using State = SoftmaxState<T, kHeadDim, kIsPrefill, kIsCompact>;
 
-  // An A100 gives a block 163 KiB; two blocks of decode share the 227 of an H100.
-  static_assert(sizeof(Shared) <= 163 * 1024);
+  static constexpr bool kMayBeLarge = kIsPrefill && kHasCompactPrefill<kHeadDim> && !kIsCompact;
+  static_assert(sizeof(Shared) <= (kMayBeLarge ? kMostSharedBytes : kLeastSharedBytes));
+  // Two blocks of decode share the 227 KiB of an H100.
   static_assert(kIsPrefill || 2 * (sizeof(Shared) + 1024) <= 227 * 1024);
 
   const SegPagedAttentionParams& params;
@@ -136,16 +137,14 @@ struct Attend {
   }
 };
 
-template <typename T, int kHeadDim, bool kIsPrefill>
-__global__ void __launch_bounds__((TileShape<kHeadDim, kIsPrefill>::kThreads),
-                                  (TileShape<kHeadDim, kIsPrefill>::kBlocksPerSm))
+template <typename T, int kHeadDim, bool kIsPrefill, bool kIsCompact = false>
+__global__ void __launch_bounds__((TileShape<kHeadDim, kIsPrefill, kIsCompact>::kThreads),
+                                  (TileShape<kHeadDim, kIsPrefill, kIsCompact>::kBlocksPerSm))
     attend_kernel(SegPagedAttentionParams params, PlanShape plan, ScoreScale scale) {
   RK_DYNAMIC_SMEM(smem);
-  const Attend<T, kHeadDim, kIsPrefill> attend{
-      params,
-      scale,
-      plan.group_size,
-      *reinterpret_cast<SharedMemory<T, kHeadDim, kIsPrefill>*>(smem)};
+  using Kernel = Attend<T, kHeadDim, kIsPrefill, kIsCompact>;
+  const Kernel attend{
+      params, scale, plan.group_size, *reinterpret_cast<typename Kernel::Shared*>(smem)};
   const auto& header = *reinterpret_cast<const GpuPlanHeader*>(params.plan);
   const auto* items = reinterpret_cast<const WorkItem*>(params.plan + plan.items);
   const int32_t begin = kIsPrefill ? 0 : header.num_prefill_items;

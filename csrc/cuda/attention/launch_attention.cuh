@@ -11,24 +11,25 @@
 // Launches of the attention kernels for one element type; one .cu file per type includes this.
 namespace redknot::gpu {
 
-template <typename T, int kHeadDim, bool kIsPrefill>
+template <typename T, int kHeadDim, bool kIsPrefill, bool kIsCompact = false>
 cudaError_t launch_attend(const SegPagedAttentionParams& params,
                           const PlanShape& plan,
                           int64_t most_items,
                           cudaStream_t stream) {
-  using Shape = TileShape<kHeadDim, kIsPrefill>;
-  constexpr size_t kSmemBytes = sizeof(SharedMemory<T, kHeadDim, kIsPrefill>);
-  constexpr auto kKernel = &attend_kernel<T, kHeadDim, kIsPrefill>;
+  using Shape = TileShape<kHeadDim, kIsPrefill, kIsCompact>;
+  constexpr size_t kSmemBytes = sizeof(SharedMemory<T, kHeadDim, kIsPrefill, kIsCompact>);
+  constexpr auto kKernel = &attend_kernel<T, kHeadDim, kIsPrefill, kIsCompact>;
   int blocks = 0;
   const cudaError_t status = resident_blocks<kKernel>(Shape::kThreads, kSmemBytes, &blocks);
   if (status != cudaSuccess) return status;
   const auto grid = static_cast<uint32_t>(std::min<int64_t>(blocks, most_items));
-  attend_kernel<T, kHeadDim, kIsPrefill>
+  attend_kernel<T, kHeadDim, kIsPrefill, kIsCompact>
       <<<grid, Shape::kThreads, kSmemBytes, stream>>>(params, plan, ScoreScale(params));
   return cudaGetLastError();
 }
 
-// The kernel of Hopper where there is one for this call, else that of sm_80.
+// The kernel of Hopper where there is one for this call, else that of sm_80, in the form that this
+// GPU has the shared memory for.
 template <typename T, int kHeadDim>
 cudaError_t launch_any_prefill(const SegPagedAttentionParams& params,
                                const GpuPlanInput& input,
@@ -41,7 +42,20 @@ cudaError_t launch_any_prefill(const SegPagedAttentionParams& params,
     if (status != cudaErrorNotSupported) return status;
   }
 #endif
-  return launch_attend<T, kHeadDim, true>(params, PlanShape(input), max_items(input), stream);
+  const PlanShape plan(input);
+  const int64_t most_items = max_items(input);
+  if constexpr (kHasCompactPrefill<kHeadDim>) {
+    int device = 0, given = 0;
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) {
+      status = cudaDeviceGetAttribute(&given, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (status != cudaSuccess) return status;
+    if (given < static_cast<int>(sizeof(SharedMemory<T, kHeadDim, true>))) {
+      return launch_attend<T, kHeadDim, true, true>(params, plan, most_items, stream);
+    }
+  }
+  return launch_attend<T, kHeadDim, true>(params, plan, most_items, stream);
 }
 
 // Prefill, decode, merge: which of them have work, only the device knows; a launch without any ends

@@ -1,7 +1,6 @@
 // seg_paged_attention and seg_paged_plan as the host calls them.
 #include "cuda/attention/attention.h"
 #include "cuda/attention/plan_kernel.cuh"
-#include "cuda/attention/shared_bytes.cuh"
 #include "cuda/kernels_cuda.h"
 
 namespace redknot::gpu {
@@ -14,11 +13,6 @@ cudaError_t seg_paged_plan(const GpuPlanInput& input,
   plan_kernel<<<static_cast<uint32_t>(num_layers), kPlanThreads, sizeof(PlanShared), stream>>>(
       input, plans);
   return cudaGetLastError();
-}
-
-int64_t attention_shared_bytes(const SegPagedAttentionParams& params) {
-  return shared_bytes(
-      params.pool.head_dim, params.num_seqs, params.num_tokens * params.group_size());
 }
 
 cudaError_t seg_paged_attention(const SegPagedAttentionParams& params, cudaStream_t stream) {

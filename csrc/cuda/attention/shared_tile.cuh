@@ -35,9 +35,9 @@ struct SharedMatrix {
   }
 };
 
-template <typename T, int kHeadDim, bool kIsPrefill>
+template <typename T, int kHeadDim, bool kIsPrefill, bool kIsCompact = false>
 struct SharedMemory {
-  using Shape = TileShape<kHeadDim, kIsPrefill>;
+  using Shape = TileShape<kHeadDim, kIsPrefill, kIsCompact>;
   static constexpr int kQueryElements = Shape::kRows * kHeadDim;
   static constexpr int kBlockElements = Shape::kBlockKeys * kHeadDim;
   // Blocks that are described: those in stages, and the one whose loads come next.

@@ -17,9 +17,9 @@
 // tile, two columns in eight. Its denominator is of its own columns alone until the end.
 namespace redknot::gpu {
 
-template <typename T, int kHeadDim, bool kIsPrefill>
+template <typename T, int kHeadDim, bool kIsPrefill, bool kIsCompact = false>
 struct SoftmaxState {
-  using Shape = TileShape<kHeadDim, kIsPrefill>;
+  using Shape = TileShape<kHeadDim, kIsPrefill, kIsCompact>;
   using Matrix = SharedMatrix<T, kHeadDim>;
   static constexpr int kRowTiles = Shape::kRowTiles;
   static constexpr int kColumnTiles = kHeadDim / 8;

@@ -29,15 +29,22 @@ constexpr int kPrefillRows = 128;
 // twice as many warps share them.
 //
 // A100 and H100 give a block 163 KiB of shared memory and more. GPUs of 8.6, 8.9 and 12.0 give 99:
-// enough for all but prefill of 256, which is refused there by name.
-template <int kHeadDim, bool kIsPrefill>
+// enough for all but prefill of 256, which has a compact form for them: blocks of one chunk, twice
+// as many barriers.
+constexpr int64_t kLeastSharedBytes = 99 * 1024;
+constexpr int64_t kMostSharedBytes = 163 * 1024;
+template <int kHeadDim>
+constexpr bool kHasCompactPrefill = kHeadDim == 256;
+
+template <int kHeadDim, bool kIsPrefill, bool kIsCompact = false>
 struct TileShape {
+  static_assert(!kIsCompact || (kIsPrefill && kHasCompactPrefill<kHeadDim>));
   static_assert(kHeadDim == 32 || kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256);
   static constexpr int kRowTiles = kIsPrefill && kHeadDim <= 128 ? 2 : 1;  // of 16 rows, per warp
   static constexpr int kRows = kIsPrefill ? kPrefillRows : kDecodeRows;
   // 32 where the scores of 64 keys would not fit in registers beside the sums (prefill of 128), or
   // their stages in 99 KiB of shared memory.
-  static constexpr int kBlockKeys = kHeadDim >= 128 ? 32 : 64;
+  static constexpr int kBlockKeys = kIsCompact ? kChunkKeys : (kHeadDim >= 128 ? 32 : 64);
   static constexpr int kChunks = kBlockKeys / kChunkKeys;
   static constexpr int kWarpsOverRows = kRows / (kMmaRows * kRowTiles);
   static constexpr int kWarpsOverKeys = kIsPrefill ? 1 : kChunks;
