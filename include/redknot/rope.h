@@ -36,6 +36,8 @@ struct RopeRealignPagesParams {
   const PageRef* page_refs = nullptr;  // [num_refs]
   const float* inv_freq = nullptr;     // [rotary_dim / 2]
   int64_t num_refs = 0;
+  int64_t num_pages = 0;
+  int64_t page_size = 0;
   int64_t head_dim = 0;
   int64_t rotary_dim = 0;
   int64_t k_page_stride = 0;

@@ -104,6 +104,8 @@ class PagedAttention {
   }
 
   const std::vector<T>& result() const { return result_; }
+  PageRef& page_ref(size_t number) { return refs_[number]; }
+  int64_t num_pages() const { return num_pages_; }
   int64_t num_partial_rows() {
     return reinterpret_cast<const GpuPlanHeader*>(reference_plan(plan_input()).data())
         ->num_partial_rows;

@@ -139,6 +139,29 @@ TEST(rows_that_are_split) {
   }
 }
 
+// What builds for debugging say of references that would otherwise be followed anywhere.
+void expect_refused(std::vector<int32_t> queries,
+                    const char* message,
+                    const std::function<void(PagedAttention<BF16, 64>&)>& spoil) {
+  PagedAttention<BF16, 64> attention({.rows = {{{0, 200}}}, .q_positions = {std::move(queries)}});
+  spoil(attention);
+  for (const simt::Schedule& schedule : simt::kSchedules) {
+    CHECK_THROWS(attention.error(schedule), message);
+  }
+}
+
+TEST(bad_references_are_found_before_they_are_followed) {
+  for (const auto& queries : {range(199, 200), range(150, 200)}) {
+    const char* page = "page_refs must name pages below num_pages";
+    expect_refused(queries, page, [](auto& a) { a.page_ref(3).page = a.num_pages(); });
+    expect_refused(queries, page, [](auto& a) { a.page_ref(12).page = -1; });
+    // Even where no query looks: the reference behind it might be seen at the next step.
+    const char* valid = "page_refs must have 0 to page_size valid slots";
+    expect_refused(queries, valid, [](auto& a) { a.page_ref(0).num_valid = 17; });
+    expect_refused(queries, valid, [](auto& a) { a.page_ref(5).num_valid = -2; });
+  }
+}
+
 TEST(the_grid_changes_no_bit) {
   PagedAttention<BF16, 64> attention(ragged(4, 16));
   attention.error(simt::kSchedules[0], 1);

@@ -366,6 +366,10 @@ void check_global(const void* address, size_t num_bytes, const Where& where) {
   throw Error(Machine::get().here() + "global access outside every buffer at " + name_of(where));
 }
 
+void check(bool condition, const char* message, const Where& where) {
+  if (!condition) throw Error(Machine::get().here() + message + " at " + name_of(where));
+}
+
 void Machine::check_smem(const void* address,
                          size_t num_bytes,
                          size_t alignment,

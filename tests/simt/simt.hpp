@@ -138,6 +138,8 @@ void mma_16816(
     float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Half type, const Where& where);
 // Ends the launch unless a registered buffer holds the bytes.
 void check_global(const void* address, size_t num_bytes, const Where& where);
+// Ends the launch with `message` unless the condition holds.
+void check(bool condition, const char* message, const Where& where = Where::current());
 
 // --- sm_90 (sm90.cpp) ---------------------------------------------------------------------------
 uint32_t shared_address(const void* smem);

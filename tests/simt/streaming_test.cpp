@@ -105,17 +105,27 @@ TEST(pages_are_copied_whole) {
   expect_copied<uint16_t>();
 }
 
-TEST(a_slot_outside_the_pool_ends_the_launch) {
-  Pool pool;
-  Buffer<int32_t> copies("copies", std::vector<int32_t>{0, Pool::kPages});
-  const CopyPagesParams params = {.pool = pool.params(), .copies = copies.data(), .num_copies = 1};
-  bool is_caught = false;
-  try {
-    run_moves<uint4>(CopyRows{params}, {});
-  } catch (const simt::Error&) {
-    is_caught = true;
+TEST(slots_and_pages_outside_the_pool_are_found) {
+  for (const int32_t bad : {-1, static_cast<int32_t>(Pool::kPages)}) {
+    Pool pool;
+    Buffer<int32_t> copies("copies", std::vector<int32_t>{0, bad});
+    const CopyPagesParams params = {
+        .pool = pool.params(), .copies = copies.data(), .num_copies = 1};
+    CHECK_THROWS(run_moves<uint4>(CopyRows{params}, {}), "copies must name pages below num_pages");
   }
-  CHECK(is_caught);
+  for (const int64_t bad : {int64_t{-2}, Pool::kPages * Pool::kPageSize}) {
+    Pool pool;
+    Buffer<uint16_t> kv("kv", numbered(2 * Pool::kHeadDim, 1));
+    Buffer<int64_t> slots("slots", std::vector<int64_t>{bad});
+    const WritePagesParams params = {.pool = pool.params(),
+                                     .k = kv.data(),
+                                     .v = kv.data() + Pool::kHeadDim,
+                                     .slots = slots.data(),
+                                     .num_tokens = 1,
+                                     .num_kv_heads = 1};
+    CHECK_THROWS(run_moves<uint4>(WriteRows{params}, {}),
+                 "slots must be -1 or below num_pages * page_size");
+  }
 }
 
 // --- rope_realign -------------------------------------------------------------------------------
@@ -215,6 +225,8 @@ TEST(pages_turn_their_valid_keys_alone) {
                                            .page_refs = page_refs.data(),
                                            .inv_freq = from_freq.data(),
                                            .num_refs = static_cast<int64_t>(refs.size()),
+                                           .num_pages = kPages,
+                                           .page_size = kPageSize,
                                            .head_dim = kDim,
                                            .rotary_dim = kDim,
                                            .k_page_stride = kPageSize * kDim,
@@ -231,6 +243,24 @@ TEST(pages_turn_their_valid_keys_alone) {
       }
     }
   }
+}
+
+TEST(pages_outside_the_cache_are_not_turned) {
+  Buffer<float> k_cache("k_cache", std::vector<float>(2 * 4 * 8, 1.0f));
+  Buffer<float> from_freq("inv_freq", frequencies(8));
+  Buffer<PageRef> page_refs("page_refs", std::vector<PageRef>{{2, 0, 4, 1}});
+  CHECK_THROWS(run_realign<4>(PageKeys{{.k_cache = k_cache.data(),
+                                        .page_refs = page_refs.data(),
+                                        .inv_freq = from_freq.data(),
+                                        .num_refs = 1,
+                                        .num_pages = 2,
+                                        .page_size = 4,
+                                        .head_dim = 8,
+                                        .rotary_dim = 8,
+                                        .k_page_stride = 32,
+                                        .k_slot_stride = 8}},
+                              {}),
+               "page_refs must name pages below num_pages");
 }
 
 }  // namespace

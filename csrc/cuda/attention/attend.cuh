@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/attention/check_item.cuh"
 #include "cuda/attention/plan.h"
 #include "cuda/attention/result.cuh"
 #include "redknot/attention.h"
@@ -76,6 +77,7 @@ struct Attend {
     const int first_row = kIsPrefill ? warp * Shape::kRowTiles * kMmaRows : 0;
     const int first_key = kIsPrefill ? 0 : warp * Shape::kKeysPerWarp;
     const Matrix queries{shared.queries};
+    check_item(params, item);
 
     // --- prologue: queries, the first blocks ---------------------------------------------------
     __syncthreads();  // the item before this one is done with shared memory

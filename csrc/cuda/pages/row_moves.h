@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/check_value.h"
 #include "cuda/common/divide.h"
 #include "cuda/common/host_device.h"
 #include "redknot/pages.h"
@@ -29,6 +30,8 @@ struct WriteRows {
   RK_HOST_DEVICE RowMove operator()(int64_t row) const {
     const auto [token, head] = divide(row, params.num_kv_heads);
     const int64_t slot_number = params.slots[token * params.slots_token_stride + head];
+    RK_CHECK_VALUE(slot_number >= -1 && slot_number < params.pool.num_pages * params.pool.page_size,
+                   "slots must be -1 or below num_pages * page_size");
     if (slot_number < 0) return {0, 0, 0, 0, true};
     const auto [page, slot] = divide(slot_number, params.pool.page_size);
     return {token * params.k_token_stride + head * params.k_head_stride,
@@ -51,6 +54,9 @@ struct CopyRows {
     const auto [copy, slot] = divide(row, params.pool.page_size);
     const int64_t source = params.copies[2 * copy];
     const int64_t destination = params.copies[2 * copy + 1];
+    RK_CHECK_VALUE(0 <= source && source < params.pool.num_pages && 0 <= destination &&
+                       destination < params.pool.num_pages,
+                   "copies must name pages below num_pages");
     return {params.pool.k_offset(source, slot),
             params.pool.k_offset(destination, slot),
             params.pool.v_offset(source, slot),

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/check_value.h"
 #include "cuda/common/host_device.h"
 #include "redknot/rope.h"
 
@@ -57,6 +58,10 @@ struct PageKeys {
 
   RK_HOST_DEVICE KeyRows operator()(int64_t reference, int64_t run) const {
     const PageRef& page = params.page_refs[reference];
+    RK_CHECK_VALUE(0 <= page.page && page.page < params.num_pages,
+                   "page_refs must name pages below num_pages");
+    RK_CHECK_VALUE(0 <= page.num_valid && page.num_valid <= params.page_size,
+                   "page_refs must have 0 to page_size valid slots");
     const int64_t begin = page.page * params.k_page_stride + run * params.k_slot_stride;
     const int64_t stride = kRunsPerPage * params.k_slot_stride;
     const int64_t num_rows = (page.num_valid - run + kRunsPerPage - 1) / kRunsPerPage;

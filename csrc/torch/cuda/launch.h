@@ -23,7 +23,16 @@ void launch_on_device_of(const torch::stable::Tensor& tensor, const char* op, La
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const cudaError_t status = launch(static_cast<cudaStream_t>(stream));
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  cudaError_t status = launch(cuda_stream);
+#if defined(REDKNOT_CHECK_VALUES)
+  // Kernels check values in this build: the call waits, so that the error is this op's.
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  if (status == cudaSuccess) status = cudaStreamIsCapturing(cuda_stream, &capture);
+  if (status == cudaSuccess && capture == cudaStreamCaptureStatusNone) {
+    status = cudaStreamSynchronize(cuda_stream);
+  }
+#endif
   RK_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(status));
 }
 
