@@ -77,7 +77,7 @@ struct Attend {
     const int first_row = kIsPrefill ? warp * Shape::kRowTiles * kMmaRows : 0;
     const int first_key = kIsPrefill ? 0 : warp * Shape::kKeysPerWarp;
     const Matrix queries{shared.queries};
-    check_item(params, item);
+    check_item(params, item, Shape::kThreads);
 
     // --- prologue: queries, the first blocks ---------------------------------------------------
     __syncthreads();  // the item before this one is done with shared memory

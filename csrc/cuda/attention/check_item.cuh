@@ -6,16 +6,18 @@
 
 namespace redknot::gpu {
 
-// All threads of a block look at the lists that a work item reads, before any is followed; nothing
-// in builds that trust them.
-__device__ inline void check_item(const SegPagedAttentionParams& params, const WorkItem& item) {
+// All `num_threads` threads of a block, or the 32 of one of its warps, look at the lists that a
+// work item reads, before any is followed; nothing in builds that trust them.
+__device__ inline void check_item(const SegPagedAttentionParams& params,
+                                  const WorkItem& item,
+                                  int32_t num_threads) {
   if constexpr (kChecksValues) {
     RK_CHECK_VALUE(0 <= item.q_begin && item.q_end <= params.num_tokens,
                    "cu_seqlens_q must lie between 0 and num_tokens");
     RK_CHECK_VALUE(0 <= item.ref_begin && item.ref_end <= params.num_refs,
                    "row_indptr must lie between 0 and num_refs");
-    for (int32_t r = item.ref_begin + static_cast<int32_t>(threadIdx.x); r < item.ref_end;
-         r += static_cast<int32_t>(blockDim.x)) {
+    const auto first = static_cast<int32_t>(threadIdx.x) % num_threads;
+    for (int32_t r = item.ref_begin + first; r < item.ref_end; r += num_threads) {
       const PageRef ref = params.page_refs[r];
       RK_CHECK_VALUE(0 <= ref.page && ref.page < params.pool.num_pages,
                      "page_refs must name pages below num_pages");

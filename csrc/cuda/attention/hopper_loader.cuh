@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/attention/check_item.cuh"
 #include "cuda/attention/hopper_params.h"
 #include "cuda/attention/hopper_shared.cuh"
 
@@ -33,6 +34,7 @@ class HopperLoader {
 
   __device__ void run(const WorkItem& item) {
     const SegPagedAttentionParams& call = params_.call;
+    check_item(call, item, kWarpSize);
     KeyWalker<Shape::kChunks> walker;
     walker.start(call.page_refs,
                  item.ref_begin,

@@ -11,6 +11,7 @@ from torch import Tensor
 from redknot import _memory, ops
 from redknot.cache.page_selection import PageSelector, select_pages
 from redknot.cache.swap import SwapSpace
+from redknot.errors import InputError
 
 __all__ = ["KVPool", "bytes_per_page", "out_of_pages"]
 
@@ -38,6 +39,24 @@ def out_of_pages(needed: int, free: int) -> _memory.OutOfPages:
     return error
 
 
+def _check_kernels(like: Tensor) -> None:
+    """Raise InputError unless attention has a kernel for pages like these: on CUDA not all have.
+
+    The operator says so itself when it is called without queries.
+    """
+    if like.device.type == "cpu":
+        return
+    nothing = torch.empty(0, dtype=torch.int32, device=like.device)
+    zero = torch.zeros(1, dtype=torch.int32, device=like.device)
+    q = like.new_empty((0, 1, like.shape[-1]))
+    try:
+        ops.seg_paged_attention(
+            q, like, like, zero, nothing.view(0, 4), zero, nothing, nothing, nothing
+        )
+    except RuntimeError as error:
+        raise InputError(str(error).strip().splitlines()[0]) from None
+
+
 class KVPool:
     """A fixed budget of pages, shared by every layer, head, segment and session of a device.
 
@@ -53,6 +72,11 @@ class KVPool:
         Of the page tensors `k_cache`, `v_cache` [num_pages, page_size, head_dim].
     poison_freed_pages : bool, optional
         Fill freed pages with NaN (CPU only); by default as the extension was built.
+
+    Raises
+    ------
+    InputError
+        When attention has no kernel for such pages on `device`.
     """
 
     def __init__(
@@ -72,6 +96,7 @@ class KVPool:
         self.num_kv_heads = num_kv_heads
         self.device = torch.device(device)
         like = torch.empty((0, page_size, head_dim), dtype=dtype, device=self.device)
+        _check_kernels(like)
         self.k_cache, self.v_cache = _new_pages(like, num_pages), _new_pages(like, num_pages)
         self._swap = SwapSpace(self.k_cache)
         self._has_clean_hole = False

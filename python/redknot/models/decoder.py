@@ -56,10 +56,15 @@ class Decoder:
         weight = self._backbone.embed_tokens.weight
         self.dtype: torch.dtype = weight.dtype
         self.device: torch.device = weight.device
-        if self.device.type != "cpu":
+        if self.device.type not in ("cpu", "cuda"):
             raise ModelError(
-                f"the model is on {self.device}, but attention runs on the CPU only so far; "
-                "call model.to('cpu') first"
+                f"the model is on {self.device}, but attention runs on the CPU and on CUDA; "
+                "call model.to('cpu') or model.to('cuda') first"
+            )
+        if self.device.type == "cuda" and self.dtype == torch.float32:
+            raise ModelError(
+                "attention on CUDA computes in bfloat16 and float16, but the model is in float32; "
+                "call model.to(torch.bfloat16) first, or load it so"
             )
         if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ModelError(
