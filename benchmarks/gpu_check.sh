@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Builds from source on a GPU machine, runs the GPU tests, and measures; needs no network.
 #
-#   benchmarks/gpu_check.sh OUT [PACKAGES]
+#   benchmarks/gpu_check.sh [--dry-run] OUT [PACKAGES]
 #
+# --dry-run looks whether everything needed is there, lists the steps and the tests, and ends: on a
+# machine that prepares PACKAGES no GPU is needed for it.
 # OUT gets every log and result: small text and JSON files. Needed: nvcc >= 12.0, g++, Python with
 # its headers, torch with CUDA, numpy, pytest, setuptools, pybind11, cmake, ninja; nothing else
 # (CUTLASS is not used). Python packages that are not installed are taken from PACKAGES: a folder of
@@ -11,8 +13,13 @@
 # options of CMake. Kernels are built for this GPU alone. Every step runs even when one before it
 # failed, until 9 minutes are over; the exit code tells whether all passed.
 set -uo pipefail
+dry_run=
+if [[ ${1-} == --dry-run ]]; then
+  dry_run=yes
+  shift
+fi
 if (($# < 1)); then
-  sed -n '2,12s/^# \{0,1\}//p' "$0"
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 SECONDS=0
@@ -55,6 +62,10 @@ failed=()
 step() { # most seconds, name, command...
   local most=$1 name=$2 begin=$SECONDS left=$((limit_s - SECONDS))
   shift 2
+  if [[ -n $dry_run ]]; then
+    echo "=== $name (at most $most s): $*"
+    return
+  fi
   if ((left < 5)); then
     echo "=== $name: not run, the time is over"
     failed+=("$name")
@@ -93,7 +104,15 @@ print(table(kernels.values()) if kernels else "no kernel was compiled by this ca
 PY
 tests=(tests/test_cuda_ops.py tests/test_cuda_attention.py tests/test_cuda_select.py
   tests/test_cuda_ffn.py)
+if [[ -n $dry_run && -e python/redknot/_ops.so ]]; then
+  "$python" -m pytest -m gpu --collect-only "${tests[@]}" | grep collected
+fi
 step 120 test "$python" -m pytest -m gpu -rs "${tests[@]}" --junitxml "$out/test.xml"
+if "$python" -c 'import transformers' 2>/dev/null; then
+  step 60 engine "$python" -m pytest -m gpu -rs tests/test_cuda_engine.py
+else
+  echo "=== engine: not run, no transformers"
+fi
 for name in rope attention ffn; do # each measures the roofs first
   step 120 "bench-$name" \
     "$python" -m redknot.cli bench "$name" --device cuda --quick --json "$out/bench-$name.json"
@@ -108,6 +127,10 @@ else
   echo "=== memcheck, racecheck: not run, no compute-sanitizer on PATH"
 fi
 # Performance counters are for administrators on many machines: what ncu cannot do is no failure.
+if [[ -n $dry_run ]]; then
+  echo "gpu_check: everything needed is here; nothing was run"
+  exit 0
+fi
 if command -v ncu >/dev/null && ((SECONDS < limit_s - 20)); then
   echo "=== ncu"
   timeout --kill-after 5 60 ncu --kernel-name regex:attend_kernel \
