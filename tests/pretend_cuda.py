@@ -118,7 +118,11 @@ def move(model: nn.Module) -> nn.Module:
     return model
 
 
-_GENERATOR = torch.Generator
+class _Generator(torch.Generator):
+    """That of the CPU, whatever device is asked for."""
+
+    def __new__(cls, device: Any = None) -> _Generator:
+        return super().__new__(cls, device="cpu")
 
 
 def _have_device_guard() -> None:
@@ -139,7 +143,7 @@ def pretend_cuda() -> Iterator[None]:
     with PretendCuda(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-        patch.setattr(torch, "Generator", lambda device=None: _GENERATOR("cpu"))
+        patch.setattr(torch, "Generator", _Generator)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes them on the CPU, then moves
         try:
             yield

@@ -208,5 +208,5 @@ def test_what_has_no_kernel_is_refused_by_name(to_gpu: Any) -> None:
 @needs_gpu[1]
 @needs_gpu[2]
 def test_page_sizes_that_have_no_kernel_are_refused() -> None:
-    with pytest.raises(InputError, match="page_size must be a multiple of 16 up to 256 on CUDA"):
-        Engine(half_model().to("cuda"), kv_budget="32MiB", page_size=24)
+    with pytest.raises(InputError, match="page_size must be a multiple of 8 up to 256 on CUDA"):
+        Engine(half_model().to("cuda"), kv_budget="32MiB", page_size=20)

@@ -11,7 +11,11 @@
 #undef NDEBUG
 #endif
 #include <cassert>
+#if defined(NDEBUG)
+#define RK_CHECK_VALUE(condition, message) static_cast<void>(sizeof((condition) ? 1 : 0))
+#else
 #define RK_CHECK_VALUE(condition, message) assert((condition) && message)
+#endif
 #endif
 
 namespace redknot::gpu {
