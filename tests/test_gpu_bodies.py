@@ -1,4 +1,4 @@
-"""The bodies of the GPU tests run without a GPU: on tensors that only say so, by the CPU's kernels."""
+"""The bodies of the GPU tests run without one: tensors only say so, kernels are the CPU's."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # What only a GPU has: streams and graphs, layers in one plan, values that are trusted, dtypes and
-# shapes without a kernel; and a single key, which bf16 weights on AMX tiles reproduce but roughly.
+# shapes without a kernel, two kernels for one op; and a single key, which bf16 weights on AMX tiles
+# reproduce but roughly.
 ONLY_ON_A_GPU = (
     "current_stream", "captured", "two_devices", "all_layers", "no_kernel", "do_not_exist",
-    "small_errors", "window_of_one",
+    "small_errors", "window_of_one", "both_architectures",
 )  # fmt: skip
 
 
