@@ -142,3 +142,42 @@ def test_stub_names_every_method_and_parameter() -> None:
         for node in classes["AllocatorStats"].body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
+
+
+def test_a_prompt_goes_through_the_layers_one_after_the_other():
+    """A layer's local rows give up their middle before the next layer takes its pages."""
+    allocator = SegmentAllocator(3, 2, 23, 4, 0)
+    rules = [[-1, 6], [5, 6], [4, -1]], [[0, 2], [0, 0], [3, 0]]
+    session = allocator.create_session(*rules)
+    # 21 tokens are 6 pages; a local row keeps its sink's page and the last 2.
+    kept = [6 + 3, 2 + 2, 3 + 6]
+    assert allocator.layerwise_pages([session], [21]) == 9 + 4 + 12 == 25
+    with pytest.raises(OutOfPages) as error:
+        for layer in range(3):
+            allocator.append_layer([session], [21], layer)
+            assert len(allocator.tail_slots(session, layer, 21)) == 21
+            allocator.expire_layer(session, layer)
+            assert allocator.session_pages(session) == sum(kept[: layer + 1])
+    assert (error.value.pages_needed, error.value.pages_free) == (12, 10)
+    assert allocator.session_length(session) == 0
+    with pytest.raises(ValueError, match=r"append_tokens: session .* is in the middle of append_la"):
+        allocator.append_tokens([session], [1])
+    assert allocator.truncate(session, 0) and allocator.free_pages() == 23
+    with pytest.raises(ValueError, match="has come to layer 0, got layer 1"):
+        allocator.append_layer([session], [21], 1)
+
+    allocator.grow(25)
+    for layer in range(3):
+        allocator.append_layer([session], [21], layer)
+        allocator.expire_layer(session, layer)
+    assert allocator.session_length(session) == 21 and allocator.free_pages() == 25 - sum(kept)
+    whole = SegmentAllocator(3, 2, 40, 4, 0)
+    other = whole.create_session(*rules)
+    whole.append_tokens([other], [21])
+    whole.expire(other)
+    for layer in range(3):  # the same rows as when all layers are appended at once
+        ours, theirs = allocator.rows([session], layer), whole.rows([other], layer)
+        assert ours[0].tolist() == theirs[0].tolist()
+        assert ours[1][:, 1:].tolist() == theirs[1][:, 1:].tolist()
+    with pytest.raises(ValueError, match="must be empty, it has 21 tokens"):
+        allocator.append_layer([session], [1], 0)

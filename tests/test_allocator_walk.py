@@ -28,6 +28,11 @@ WINDOWS = per_head(st.sampled_from([-1, 1, 2, 3, 6, 11]))
 SINKS = per_head(st.integers(0, 6))
 
 
+def pages_of(mask: np.ndarray) -> set[tuple[model.Head, int]]:
+    """(head, page) of every page of a mask."""
+    return {((int(x), int(y)), int(page)) for x, y, page in np.argwhere(mask)}
+
+
 class AllocatorWalk(RuleBasedStateMachine):
     """Every live session and segment reads back what the model holds, after every step."""
 
@@ -51,6 +56,7 @@ class AllocatorWalk(RuleBasedStateMachine):
         )
         self.sessions: dict[int, model.Session] = {}
         self.segments: dict[int, model.Segment] = {}
+        self.absent: dict[int, set[tuple[model.Head, int]]] = {}  # pages that a segment has not
         self.new_content = itertools.count(1)
         self.create_session(data.draw(WINDOWS), data.draw(SINKS))
 
@@ -118,8 +124,15 @@ class AllocatorWalk(RuleBasedStateMachine):
         for segment, expected in self.segments.items():
             for layer in range(NUM_LAYERS):
                 slots = self.allocator.segment_slots(segment, layer)
-                contents = [expected.contents[layer, head] for head in range(NUM_HEADS)]
-                assert self.read(slots).T.tolist() == contents
+                for head in range(NUM_HEADS):
+                    contents = np.array(expected.contents[layer, head])
+                    there = slots[:, head] >= 0
+                    pages = np.flatnonzero(~there) // self.page_size
+                    assert {((layer, head), p) for p in pages.tolist()} == {
+                        key for key in self.absent[segment] if key[0] == (layer, head)
+                    }
+                    assert (self.read(slots[there, head]) == contents[there]).all()
+                    assert (contents[~there] == 0).all()
 
     @invariant()
     def every_page_is_accounted_for(self) -> None:
@@ -131,14 +144,20 @@ class AllocatorWalk(RuleBasedStateMachine):
             assert head_of.setdefault(page, head) == head  # a page serves one head
             owners.setdefault(page, set()).add(owner)
 
+        hole = self.allocator.hole_page
+        if hole >= 0:  # a segment's page, for all heads
+            owners[hole] = {("segment", -1)}
         for segment in self.segments:
             for layer, head in HEADS:
                 slots = self.allocator.segment_slots(segment, layer)[:, head]
-                for page in set((slots // self.page_size).tolist()):
+                for page in set((slots[slots >= 0] // self.page_size).tolist()):
                     own(page, (layer, head), ("segment", segment))
         for session, expected in self.sessions.items():
             for head, row in expected.rows.items():
                 for page in self.row(session, head)[:, 0].tolist():
+                    if page == hole:
+                        owners[hole].add(("session", session))
+                        continue
                     own(page, head, ("session", session))
                     if row.window < 0:
                         global_pages.add(page)
@@ -159,7 +178,7 @@ class AllocatorWalk(RuleBasedStateMachine):
         }
         assert self.allocator.free_pages() == num_pages - len(owners)
         for session in self.sessions:
-            mine = [who for who in owners.values() if ("session", session) in who]
+            mine = [w for p, w in owners.items() if ("session", session) in w and p != hole]
             assert self.allocator.session_pages(session) == len(mine)
             assert self.allocator.session_private_pages(session) == sum(len(w) == 1 for w in mine)
         free = [p for p in range(num_pages) if p not in owners]
@@ -171,24 +190,81 @@ class AllocatorWalk(RuleBasedStateMachine):
         return data.draw(st.sampled_from(sorted(what)))
 
     @precondition(lambda self: len(self.segments) < 3)
-    @rule(num_tokens=st.integers(1, 13), first_position=st.sampled_from([0, 0, 2, 9]))
-    def create_segment(self, num_tokens: int, first_position: int) -> None:
-        with self.all_or_nothing(len(HEADS) * -(-num_tokens // self.page_size)):
-            segment = self.allocator.create_segment(num_tokens, first_position)
-            contents: dict[model.Head, list[int]] = {
-                head: list(itertools.islice(self.new_content, num_tokens)) for head in HEADS
-            }
-            self.segments[segment] = model.Segment(first_position, contents)
+    @rule(
+        data=st.data(), num_tokens=st.integers(1, 13), first_position=st.sampled_from([0, 0, 2, 9])
+    )
+    def create_segment(self, data: st.DataObject, num_tokens: int, first_position: int) -> None:
+        present = data.draw(st.none() | self.page_masks(num_tokens))
+        most = len(HEADS) * -(-num_tokens // self.page_size)
+        with self.all_or_nothing(most + (present is not None)):
+            segment = self.allocator.create_segment(num_tokens, first_position, present)
+            self.clean_hole()
+            self.segments[segment] = model.Segment(
+                first_position, {head: [0] * num_tokens for head in HEADS}
+            )
+            self.absent[segment] = set()
+            missing = np.ones((NUM_LAYERS, NUM_HEADS, most // len(HEADS)), dtype=bool)
+            if present is not None:
+                missing = np.array(present)
+                self.absent[segment] = pages_of(~missing)
+            self.fill(segment, pages_of(missing))
+
+    def page_masks(self, num_tokens: int) -> st.SearchStrategy[list[list[list[bool]]]]:
+        pages = -(-num_tokens // self.page_size)
+        row = st.lists(st.booleans(), min_size=pages, max_size=pages)
+        heads = st.lists(row, min_size=NUM_HEADS, max_size=NUM_HEADS)
+        return st.lists(heads, min_size=NUM_LAYERS, max_size=NUM_LAYERS)
+
+    def clean_hole(self) -> None:
+        if self.allocator.hole_page >= 0:
+            self.pages[self.allocator.hole_page, :2] = 0
+
+    def fill(self, segment: int, pages: set[tuple[model.Head, int]]) -> None:
+        """Write new contents to pages of a segment."""
+        for (layer, head), page in pages:
+            contents = self.segments[segment].contents[layer, head]
+            inside = slice(page * self.page_size, (page + 1) * self.page_size)
+            slots = self.allocator.segment_slots(segment, layer)[inside, head]
+            contents[inside] = itertools.islice(self.new_content, len(slots))
+            self.write(slots, np.array(contents[inside]))
+
+    @precondition(lambda self: self.segments)
+    @rule(data=st.data())
+    def drop_segment_pages(self, data: st.DataObject) -> None:
+        segment = self.pick(data, self.segments)
+        contents = self.segments[segment].contents
+        mask = data.draw(self.page_masks(len(contents[0, 0])))
+        free, there = self.allocator.free_pages(), pages_of(np.array(mask)) - self.absent[segment]
+        freed = self.allocator.drop_segment_pages(segment, mask)
+        self.clean_hole()
+        assert self.allocator.free_pages() == free + freed
+        slots = self.allocator.segment_slots(segment, 0)
+        if free == freed == 0 and (slots >= 0).all() and not self.absent[segment]:
+            there = set()  # there was no page for the hole, and none became free
             for layer in range(NUM_LAYERS):
-                values = np.array([contents[layer, head] for head in range(NUM_HEADS)]).T
-                self.write(self.allocator.segment_slots(segment, layer), values)
+                assert (self.allocator.segment_slots(segment, layer) >= 0).all()
+        for head, page in there:
+            inside = slice(page * self.page_size, (page + 1) * self.page_size)
+            contents[head][inside] = [0] * len(contents[head][inside])
+        self.absent[segment] |= there
+
+    @precondition(lambda self: self.segments)
+    @rule(data=st.data())
+    def restore_segment_pages(self, data: st.DataObject) -> None:
+        segment = self.pick(data, self.segments)
+        mask = data.draw(self.page_masks(len(self.segments[segment].contents[0, 0])))
+        missing = pages_of(np.array(mask)) & self.absent[segment]
+        with self.all_or_nothing(len(missing)):
+            self.allocator.restore_segment_pages(segment, mask)
+            self.absent[segment] -= missing
+            self.fill(segment, missing)
 
     @precondition(lambda self: len(self.segments) > 1)
     @rule(data=st.data())
     def release_segment(self, data: st.DataObject) -> None:
         segment = self.pick(data, self.segments)
         self.allocator.release_segment(segment)
-        del self.segments[segment]
+        del self.segments[segment], self.absent[segment]
 
     @precondition(lambda self: len(self.sessions) < 3)
     @rule(windows=WINDOWS, sinks=SINKS)
@@ -330,8 +406,10 @@ class AllocatorWalk(RuleBasedStateMachine):
             self.allocator.release_session(session)
         for segment in self.segments:
             self.allocator.release_segment(segment)
-        assert self.allocator.free_pages() == len(self.pages)
-        assert np.isnan(self.pages[:, :2]).all()
+        hole = self.allocator.hole_page
+        assert self.allocator.free_pages() == len(self.pages) - (hole >= 0)
+        free = [page for page in range(len(self.pages)) if page != hole]
+        assert np.isnan(self.pages[free, :2]).all()
 
 
 TestAllocatorWalk = AllocatorWalk.TestCase
