@@ -160,7 +160,9 @@ def test_a_prompt_goes_through_the_layers_one_after_the_other():
             assert allocator.session_pages(session) == sum(kept[: layer + 1])
     assert (error.value.pages_needed, error.value.pages_free) == (12, 10)
     assert allocator.session_length(session) == 0
-    with pytest.raises(ValueError, match=r"append_tokens: session .* is in the middle of append_la"):
+    with pytest.raises(
+        ValueError, match=r"append_tokens: session .* is in the middle of append_la"
+    ):
         allocator.append_tokens([session], [1])
     assert allocator.truncate(session, 0) and allocator.free_pages() == 23
     with pytest.raises(ValueError, match="has come to layer 0, got layer 1"):

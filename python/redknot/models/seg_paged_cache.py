@@ -25,8 +25,9 @@ class SegPagedCache(Cache):
     sink and window, and pages that leave the window are freed while decoding. Padding takes no
     slot. `get_seq_length()` counts logical tokens, pads and expired ones included.
 
-    During one forward pass local heads hold the whole of it: a prompt given at once needs pages
-    for all its tokens until the pass is over. `generate(..., prefill_chunk_size=)` bounds that.
+    A first prompt goes through the layers one after the other: the local heads of one layer alone
+    hold all of it at once. In later passes of many tokens, and in a shared pool, those of all
+    layers do until the pass is over; `generate(..., prefill_chunk_size=)` bounds that.
 
     Parameters
     ----------

@@ -13,16 +13,17 @@ if TYPE_CHECKING:
     from redknot.store.keys import LAYOUT_VERSION, model_fingerprint, segment_key, stored_parts
     from redknot.store.manifest import Manifest
     from redknot.store.memory_store import MemoryStore, StoreStats
+    from redknot.store.reading import Loaded
     from redknot.store.segment import Segment
     from redknot.store.tier import Tier, TierCounts
-    from redknot.store.tiers import Expected, Loaded, Missed, TieredStore, open_tiers
+    from redknot.store.tiers import Expected, Missed, TieredStore, open_tiers
     from redknot.store.url import StoreUrl, open_backend, parse_size, parse_url
 
 _HOME = {
     "Expected": "tiers",
     "ItemWrite": "backend",
     "LAYOUT_VERSION": "keys",
-    "Loaded": "tiers",
+    "Loaded": "reading",
     "Manifest": "manifest",
     "MemoryStore": "memory_store",
     "Missed": "tiers",

@@ -17,8 +17,8 @@ from redknot.errors import InputError, StoreError
 from redknot.store.backend import Status
 from redknot.store.layout import REGIONS
 from redknot.store.manifest import Manifest, checksum, new_write_id, seal
+from redknot.store.reading import Loaded, read_segment
 from redknot.store.tier import Tier
-from redknot.store.tiers import Loaded, read_segment
 from redknot.store.url import open_backend, parse_url
 
 __all__ = ["StoreAdmin", "Trouble"]

@@ -36,7 +36,7 @@ __all__ = ["CapacityRow", "run"]
 _HEAD_DIM, _HIDDEN, _VOCAB, _KV_HEADS = 8, 64, 256, 8
 _DOCUMENTS, _QUESTION_TOKENS, _ANSWER_TOKENS = 8, 64, 960
 _PAGE_SIZE, _SMALL_PAGE_SIZE = 64, 16
-_MOST_RATIO = 25  # where everything is shared the end is far away
+_MOST_RATIO, _QUICK_MOST_RATIO = 25, 40  # where everything is shared the end is far away
 _SESSIONS, _MORE_SESSIONS = 16, 32  # monolithic ones that fill the pool
 _LONGEST_COMPUTED = 32_768  # of longer contexts no recovery is computed: minutes each
 _MOST_STEPS, _DECODE_SECONDS = 3, 0.5
@@ -181,7 +181,8 @@ class _Pool:
     ) -> _Filled:
         """Admit sessions until the pool refuses one, then decode with all of them."""
         admitted: list[Admitted] = []
-        limit = _MOST_RATIO * self.num_monolithic
+        most = _QUICK_MOST_RATIO if self.options.quick else _MOST_RATIO
+        limit = most * self.num_monolithic
         replay = _Replay(engine)
         try:
             while len(admitted) < limit:
