@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 DEVICE = torch.device("cuda:0")
+FREE_BYTES = 64 << 20  # of its memory
 
 
 class OnDevice(Tensor):
@@ -143,6 +144,7 @@ def pretend_cuda() -> Iterator[None]:
     with PretendCuda(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (FREE_BYTES, 2 * FREE_BYTES))
         patch.setattr(torch, "Generator", _Generator)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes them on the CPU, then moves
         try:

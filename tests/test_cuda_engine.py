@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pretend_cuda import move, pretend_cuda
+from pretend_cuda import FREE_BYTES, move, pretend_cuda
 from test_cuda_ops import pytestmark as needs_gpu
 from tiny_models import random_tokens, tiny_model
 from torch import Tensor
@@ -175,6 +175,12 @@ def test_the_drop_in_generates(to_gpu: Any) -> None:
     with attach(model, HeadMap.all_global(NUM_LAYERS, NUM_KV_HEADS)), torch.no_grad():
         logits = model(torch.tensor([ids], device=model.device)).logits[0]
     assert_close(logits, hugging_face_logits(ids, "llama"))
+
+
+def test_the_default_budget_is_of_the_gpus_memory() -> None:
+    with pretend_cuda():
+        engine = Engine(move(half_model()))
+    assert engine.pool.k_cache.nbytes + engine.pool.v_cache.nbytes == FREE_BYTES // 4
 
 
 def test_a_pretended_gpu_refuses_what_a_gpu_does() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from redknot.errors import BudgetError, InputError
 from redknot.store import parse_size
 
@@ -13,10 +15,15 @@ __all__ = ["num_pages_of", "parse_bytes"]
 _DEFAULT_SHARE = 0.25
 
 
-def parse_bytes(budget: str | int | None) -> int:
-    """Bytes of a budget: a number, "8GiB", "500 MB"; None: a quarter of the free memory."""
+def parse_bytes(budget: str | int | None, device: torch.device | None = None) -> int:
+    """Bytes of a budget: a number, "8GiB"; None: a quarter of the device's free memory."""
     if budget is None:
-        return int(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * _DEFAULT_SHARE)
+        free = (
+            torch.cuda.mem_get_info(device)[0]
+            if device is not None and device.type == "cuda"
+            else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        )
+        return int(free * _DEFAULT_SHARE)
     if isinstance(budget, str):
         return parse_size(budget, "kv_budget")
     if budget <= 0:

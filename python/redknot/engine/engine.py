@@ -45,7 +45,7 @@ class Engine:
     ----------
     model : PreTrainedModel, str or Path
         A Llama, Mistral, Qwen2 or Qwen3 causal language model, or where to load one from. It is
-        not changed.
+        not changed. On CUDA it must be in bfloat16 or float16; the page pool lies beside it.
     heads : HeadMap, str or Path, optional
         Which KV heads are global; default: all of them, which is exact.
     policy : Policy, optional
@@ -55,7 +55,7 @@ class Engine:
     tokenizer : PreTrainedTokenizerBase, optional
         Default: the one saved beside the model, when text is first used.
     kv_budget : int or str, optional
-        Bytes of the page pool ("8GiB"); default: a quarter of the free memory.
+        Bytes of the page pool ("8GiB"); default: a quarter of what is free where the model is.
     store : str or sequence of str
         Where segments are kept besides the page pool, nearest first: "mem:?capacity=4GiB" (host
         memory), "lmdb:///path" (this machine's processes), "redis://host:6379/0" (machines). Each
@@ -126,7 +126,9 @@ class Engine:
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             num_pages=num_pages_of(
-                parse_bytes(kv_budget), page_bytes, shape.num_layers * shape.num_kv_heads
+                parse_bytes(kv_budget, self.decoder.device),
+                page_bytes,
+                shape.num_layers * shape.num_kv_heads,
             ),
             page_size=page_size,
             dtype=self.decoder.dtype,
