@@ -170,16 +170,16 @@ def test_live_span_may_begin_behind_a_global_head(first_layer, ffn):
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_rows_are_picked_by_the_heads_that_matter(family):
     """A weak head of layer 0 picks its few rows; where all others enter, the strongest picks."""
-    classes = [["global", "local"], ["local", "local"], ["global", "global"],
+    classes = [["global", "global"], ["local", "local"], ["global", "global"],
                ["local", "local"], ["local", "global"]]  # fmt: skip
-    kl = [[0.01, 9.0], [0.0, 0.0], [0.49, 1.0], [0.0, 0.0], [0.0, 0.5]]
+    kl = [[0.01, 0.004], [0.0, 0.0], [0.49, 1.0], [0.0, 0.0], [0.0, 0.5]]
     made = make(*MODELS[family], classes=classes, metadata={"kv_head_kl": kl})
-    rules = rules_of(classes, policy="live_span", first_layer=2, probed=[1], **SPAN)
+    rules = rules_of(classes, policy="live_span", first_layer=2, probed={0: [0], 2: [1]}, **SPAN)
     check(*made, LiveSpan(**SPAN), rules)
     picked = rules.lived[2]
     assert rules.lived[0].sum() < picked.sum() < rules.lived[0].sum() + 0.25 * len(picked)
-    for other in ({"probed": None}, {"early_fraction": 0.0}):
-        options = {"policy": "live_span", "first_layer": 2, "probed": [1], **SPAN, **other}
+    for other in ({"probed": {0: [0]}}, {"probed": {2: [1]}}, {"early_fraction": 0.0}):
+        options = {"policy": "live_span", "first_layer": 2, "probed": rules.probed, **SPAN, **other}
         changed = rules_of(classes, **options)
         model, _, texts, query = made
         order = [texts[i] for i in (2, 0, 3, 1)]

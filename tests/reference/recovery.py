@@ -35,7 +35,9 @@ class Rules:
     signal: str = "foreign"  # live_span
     early_fraction: float = 0.0  # live_span
     refresh_local: bool = True  # live_span
-    probed: list[int] | None = None  # live_span: heads that rows are picked by, not all global ones
+    probed: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # live_span: heads that pick, by layer
     edge_rows: int = 0  # live_span
     first_layer: int | None = None  # live_span: not the first with a global head
     rows: list[int] | None = None  # live_span: instead of a pick, these and the edge
@@ -237,9 +239,9 @@ def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules)
         other = ((weights * foreign_key) @ values).double().square().sum((0, 2)).sqrt()
         if rules.policy == "live_span" and rules.rows is None and begin < end:
             by = slice(None)
-            if layer == begin and rules.probed is not None:
+            if layer in rules.probed:
                 by = [list(is_global.nonzero()).index(h) for h in range(len(is_global))
-                      if is_global[h] and h // group in rules.probed]  # fmt: skip
+                      if is_global[h] and h // group in rules.probed[layer]]  # fmt: skip
             seen = (weights * foreign_key if rules.signal == "foreign" else weights)[by]
             signal = (seen @ values[by]).double().square().sum((0, 2)).sqrt()
             total = int(moved.sum())

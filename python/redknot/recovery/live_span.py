@@ -118,7 +118,7 @@ class LiveSpan(Policy):
             pick = Pick(keep, rows.edge, self.signal, probed_heads(heads, begin))
             early = min(math.ceil(self.early_fraction * len(rows.span)), droppable)
             if early and span_entry_layer(heads, begin) and heads.is_global[0].any():
-                early_pick = Pick(early, rows.edge, self.signal)
+                early_pick = Pick(early, rows.edge, self.signal, probed_heads(heads, 0))
         forced = np.concatenate([rows.edge, layout.query_positions])
 
         def ffn(layer: int) -> FfnRule | None:
