@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from redknot import Dense, HeadMap, Naive, RedKnot
+from redknot import Dense, HeadMap, LiveSpan, Naive, RedKnot
 from redknot.cli.main import main
 from redknot.eval.candidates import other_heads
 from redknot.eval.demo import DEMO_MODEL, demo_engine, run_demo
@@ -23,12 +23,13 @@ def heads():
 
 @pytest.fixture(scope="module")
 def figures(heads):
-    """Dense, naive, redknot; and redknot with as many other heads global in the same layers."""
+    """Every kind of policy; and redknot with as many other heads global in the same layers."""
     engine, wrong = demo_engine(heads), demo_engine(other_heads(heads))
     policies = [
         ("dense", Dense(), engine),
         ("naive", Naive(), engine),
         ("redknot", RedKnot(), engine),
+        ("live_span", LiveSpan(), engine),
         ("wrong heads", RedKnot(), wrong),
     ]
     return run_demo(QUESTIONS, seed=500, policies=policies)[0]
@@ -46,6 +47,7 @@ def test_redknot_answers_as_dense_and_naive_does_not(figures):
     assert figures["n"] >= QUESTIONS
     assert scores["dense"] >= 0.95
     assert scores["redknot"] >= scores["dense"] - 0.01
+    assert scores["live_span"] >= scores["dense"] - 0.01
     assert scores["naive"] <= scores["dense"] - 0.20
     assert scores["wrong heads"] <= scores["dense"] - 0.20
 
@@ -57,6 +59,7 @@ def test_direct_facts_survive_naive_reuse(figures):
 
 def test_savings_are_real(figures):
     dense, redknot = figures["policies"]["dense"], figures["policies"]["redknot"]
+    assert figures["policies"]["live_span"]["flops_saved"] >= 0.9
     assert dense["flops_saved"] == 0 and dense["token_agreement"] == 1
     assert redknot["flops_saved"] > 0.4
     assert redknot["kv_bytes"] < 0.5 * dense["kv_bytes"]
