@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redknot._memory import OutOfPages
+from redknot.engine.document_keys import DocumentKeys
 from redknot.engine.needs import DocumentNeed, needs_of
 from redknot.engine.offline import OfflinePass
 from redknot.engine.runner import HeadRules, Runner
 from redknot.engine.segment_tiers import Outline, SegmentTiers
-from redknot.errors import BudgetError, UnknownDocumentError
+from redknot.errors import BudgetError
 from redknot.recovery import Placement, PromptLayout, RecoveryPlan
-from redknot.store import MemoryStore, Missed, Segment, segment_key, stored_parts
+from redknot.store import MemoryStore, Missed, Segment
 
 __all__ = ["DocumentCache", "Found", "LostPagesError", "place"]
 
@@ -46,8 +47,8 @@ class LostPagesError(Exception):
     """What a request needed of a document could not be read any more; the document was dropped."""
 
 
-class DocumentCache:
-    """Documents of one engine: token ids by id, their segments in the store.
+class DocumentCache(DocumentKeys):
+    """Documents of one engine, and their segments in the store.
 
     Parameters
     ----------
@@ -78,40 +79,19 @@ class DocumentCache:
         prefix_ids: np.ndarray,
         behind_prefix: bool,
     ) -> None:
+        super().__init__(
+            runner.decoder,
+            fingerprint=fingerprint,
+            salt=salt,
+            prefix_ids=prefix_ids,
+            behind_prefix=behind_prefix,
+        )
         self._runner = runner
         self._offline = OfflinePass(runner)
         self.store = store
         self.tiers = tiers
-        self._fingerprint, self._salt = fingerprint, salt
-        self.prefix_ids = prefix_ids
-        self._context_ids = prefix_ids if behind_prefix else prefix_ids[:0]
-        self._token_ids: dict[str, np.ndarray] = {}
-        self._keys: dict[str, dict[int | None, str]] = {}  # by the layer of the hidden states
 
-    # --- documents by id -------------------------------------------------------------------------
-
-    def register(self, token_ids: np.ndarray) -> str:
-        """Remember a document and return its id; the same tokens have the same id."""
-        key = self._segment_key(self._context_ids, token_ids)
-        document = key[:_ID_LENGTH]
-        self._token_ids[document] = token_ids
-        self._keys.setdefault(document, {None: key})
-        return document
-
-    def token_ids(self, document: str) -> np.ndarray:
-        """Token ids [num_tokens] of a document.
-
-        Raises
-        ------
-        UnknownDocumentError
-            For an id that `register` did not return.
-        """
-        try:
-            return self._token_ids[document]
-        except (KeyError, TypeError):
-            raise UnknownDocumentError(
-                f"unknown document id {document!r}; Engine.add returns the id of a document"
-            ) from None
+    # --- what is known of them --------------------------------------------------------------------
 
     def is_cached(self, document: str) -> bool:
         """Whether the document's segment lies in the store."""
@@ -207,21 +187,11 @@ class DocumentCache:
             copies.append(np.stack([theirs[differ], own[differ]], axis=1) // pool.page_size)
         pool.copy(np.concatenate(copies).astype(np.int32))
 
-    def keys(self, documents: Collection[str]) -> set[str]:
-        """Keys that a request over `documents` must keep: theirs and the prefix's."""
-        keys = {key for document in documents for key in self._keys[document].values()}
-        return keys | {self._prefix_key()}
-
-    def chain(self, documents: Sequence[str]) -> list[str]:
-        """Keys of the prefix and of `documents`, in order: what a recovered chain is known by."""
-        return [self._prefix_key(), *(self._keys[document][None] for document in documents)]
-
     def clear(self) -> None:
         """Forget every document and drop every segment, the prefix's included."""
         self.store.clear()
         self.tiers.store.forget_prefetched()
-        self._token_ids.clear()
-        self._keys.clear()
+        self.forget()
 
     # --- segments --------------------------------------------------------------------------------
 
@@ -287,23 +257,6 @@ class DocumentCache:
                 self._context_ids, self.token_ids(document), hidden_layer
             )
         return hidden_layer
-
-    def _prefix_key(self) -> str:
-        return self._segment_key(self.prefix_ids[:0], self.prefix_ids)
-
-    def _segment_key(
-        self, context_ids: np.ndarray, token_ids: np.ndarray, hidden_layer: int | None = None
-    ) -> str:
-        decoder = self._runner.decoder
-        return segment_key(
-            fingerprint=self._fingerprint,
-            dtype=decoder.dtype,
-            inv_freq=decoder.inv_freq.cpu().numpy(),
-            prefix_ids=context_ids,
-            token_ids=token_ids,
-            stored=stored_parts(hidden_layer),
-            salt=self._salt,
-        )
 
     def _find(
         self,
