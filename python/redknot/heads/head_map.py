@@ -334,13 +334,16 @@ class HeadMap:
                 raise HeadMapError(f"head {head} is not one of the map's {self.num_kv_heads} heads")
         if index.size == 0:
             raise HeadMapError("a slice of a head map needs at least one KV head")
+        metadata = self.metadata
+        if self.sensitivity is not None:
+            metadata["kv_head_kl"] = [[row[h] for h in index] for row in metadata["kv_head_kl"]]
         return HeadMap(
             [[row[head] for head in index] for row in self._names],
             window=self._class_windows[:, index],
             sink=self._class_sinks[:, index],
             retrieval_top_p=self._retrieval_top_p,
             dense_prefix_layers=self._dense_prefix_layers,
-            metadata=self._metadata,
+            metadata=metadata,
         )
 
     def slice_heads(self, rank: int, world_size: int) -> HeadMap:
