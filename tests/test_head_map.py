@@ -242,7 +242,8 @@ def test_slices_for_tensor_parallel():
     replicated = [heads.slice_heads(rank, 8).class_names[0][0] for rank in range(8)]
     assert replicated == ["global"] * 2 + ["local_full"] * 2 + ["local"] * 2 + ["dense"] * 2
     assert heads.slice([3, 0]).class_names[0] == ("dense", "global")
-    measured = HeadMap([["global", "local", "dense"]], window=4, metadata={"kv_head_kl": [[3, 0, 2]]})
+    kl = {"kv_head_kl": [[3, 0, 2]]}
+    measured = HeadMap([["global", "local", "dense"]], window=4, metadata=kl)
     assert measured.slice([2, 0]).sensitivity.tolist() == [[2, 3]]
     assert heads.slice(slice(1, 3)).windows[0].tolist() == [2, 3]
     with pytest.raises(HeadMapError, match="4 KV heads cannot be split over 3 ranks"):
