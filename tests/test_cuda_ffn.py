@@ -8,6 +8,7 @@ from paged_case import assert_close, raises
 from reference import selection
 from test_cuda_ops import pytestmark  # noqa: F401  (the mark: needs a GPU)
 from test_op_ffn import EPS, Ffn
+from test_op_linear import Linear
 from torch import Tensor
 
 from redknot import ops
@@ -136,6 +137,22 @@ def test_small_errors() -> None:
     ffn.gate = ffn.gate.cpu()
     with raises("gathered_ffn: w_gate_up must be on cuda:0"):
         ffn.run([1], packed=False)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_small_linear(dtype: torch.dtype, norm: bool, bias: bool) -> None:
+    linear = Linear(70, 72, 104, dtype, "cuda")
+    for rows in (None, [], [5], [3, 0, 69, 3], list(range(65))):
+        linear.expect_right(rows, norm, bias)
+
+
+@pytest.mark.parametrize("count", [1, 16, 64, 65, 1000, 8200])
+def test_linear_of_many_sizes(count: int) -> None:
+    linear = Linear(count, 1024, 1536, torch.bfloat16, "cuda")
+    linear.expect_right(bias=True)
+    linear.expect_right(list(range(count // 2, count)), norm=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])

@@ -71,6 +71,13 @@ def cases() -> dict[str, Case]:
         "token_importance": (RAW.token_importance, (k,), {}),
         "select_tokens": (RAW.select_tokens, (torch.rand(7), int32(0, 3, 7), 0.5, 1, 1), {}),
         "gathered_ffn": (RAW.gathered_ffn, ffn, {}),
+        "gathered_linear": (RAW.gathered_linear, (torch.randn(5, 16), torch.randn(8, 16)), {}),
+        "gathered_linear_rows": (
+            RAW.gathered_linear,
+            (torch.randn(5, 16), torch.randn(8, 16), torch.randn(8)),
+            {"norm_weight": torch.ones(16), "eps": 1e-6, "indices": int32(4, 1, 0),
+             "count": int32(2)},
+        ),
         "rms_norm": (RAW.rms_norm, (torch.randn(3, 16), torch.randn(16), 1e-6), {}),
         "merge_states": (RAW.merge_states, (k, torch.randn(2, 3), 2 * k, torch.randn(2, 3)), {}),
     }  # fmt: skip

@@ -44,6 +44,7 @@ struct Kernels {
   void (*merge_states)(const MergeStatesParams& params, int64_t begin, int64_t end);
   void (*gather_norm)(const GatherNormParams& params, int64_t begin, int64_t end);
   void (*gated_activation)(const GatedActivationParams& params, int64_t begin, int64_t end);
+  void (*add_bias)(const AddBiasParams& params, int64_t begin, int64_t end);
   void (*scatter_add)(const ScatterAddParams& params, int64_t begin, int64_t end);
   bool (*takes_few_rows)(const FewRowLinearParams& params);
   void (*few_row_linear)(const FewRowLinearParams& params, int64_t begin, int64_t end);

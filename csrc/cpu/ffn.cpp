@@ -35,6 +35,12 @@ void gated_activation(const GatedActivationParams& params, const Executor& execu
   });
 }
 
+void add_bias(const AddBiasParams& params, const Executor& executor) {
+  executor.parallel_for(params.num_rows, grain(params.dim), [&](int64_t begin, int64_t end) {
+    kernels().add_bias(params, begin, end);
+  });
+}
+
 void scatter_add(const ScatterAddParams& params, const Executor& executor) {
   executor.parallel_for(params.num_rows, grain(params.hidden_dim), [&](int64_t begin, int64_t end) {
     kernels().scatter_add(params, begin, end);

@@ -36,6 +36,12 @@ int64_t select_tokens_workspace(int64_t num_tokens, int64_t num_seqs);
 [[nodiscard]] cudaError_t gathered_ffn(const GatheredFfnParams& params,
                                        void* workspace,
                                        cudaStream_t stream);
+// The same, with in_dim and out_dim.
+[[nodiscard]] cudaError_t gathered_linear_workspace(const GatheredLinearParams& params,
+                                                    int64_t* num_bytes);
+[[nodiscard]] cudaError_t gathered_linear(const GatheredLinearParams& params,
+                                          void* workspace,
+                                          cudaStream_t stream);
 // params.indices is null.
 [[nodiscard]] cudaError_t rms_norm(const GatherNormParams& params, cudaStream_t stream);
 [[nodiscard]] cudaError_t merge_states(const MergeStatesParams& params, cudaStream_t stream);

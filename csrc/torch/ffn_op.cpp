@@ -9,6 +9,7 @@
 #include "arguments.h"
 #include "executor.h"
 #include "ffn_params.h"
+#include "linear_params.h"
 #include "redknot/cpu.h"
 
 namespace redknot::binding {
@@ -107,26 +108,6 @@ Tensor rows_like(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::new_empty(like, {rows, columns});
 }
 
-// x [rows, k] times w [n, k] transposed, as torch.nn.Linear does.
-Tensor linear(DType dtype, const Tensor& x, const Tensor& w) {
-  const Tensor out = rows_like(x, x.size(0), w.size(0));
-  const bool done = cpu::few_row_linear(
-      {
-          .x = x.data_ptr(),
-          .w = w.data_ptr(),
-          .out = out.data_ptr(),
-          .num_rows = x.size(0),
-          .in_dim = x.size(1),
-          .out_dim = w.size(0),
-          .w_stride = w.stride(0),
-          .out_stride = out.stride(0),
-          .dtype = dtype,
-      },
-      torch_executor());
-  if (done) return out;
-  return torch::stable::matmul(x, torch::stable::transpose(w, 0, 1));
-}
-
 // Rows of `call` that indices[0, rows) name.
 void ffn_chunk(const GatheredFfnParams& call,
                const FfnTensors& in,
@@ -148,8 +129,8 @@ void ffn_chunk(const GatheredFfnParams& call,
       },
       executor);
   // With up behind the gate in each row when packed.
-  const Tensor gate = linear(call.dtype, normed, in.w_gate_up);
-  const Tensor up = in.w_up.has_value() ? linear(call.dtype, normed, *in.w_up) : gate;
+  const Tensor gate = linear_on_cpu(call.dtype, normed, in.w_gate_up);
+  const Tensor up = in.w_up.has_value() ? linear_on_cpu(call.dtype, normed, *in.w_up) : gate;
   const int64_t up_offset = in.w_up.has_value() ? 0 : call.ffn_dim * size_of(call.dtype);
   const Tensor activated = rows_like(in.residual, rows, call.ffn_dim);
   cpu::gated_activation(
@@ -164,7 +145,7 @@ void ffn_chunk(const GatheredFfnParams& call,
           .dtype = call.dtype,
       },
       executor);
-  const Tensor z = linear(call.dtype, activated, in.w_down);
+  const Tensor z = linear_on_cpu(call.dtype, activated, in.w_down);
   cpu::scatter_add(
       {
           .z = z.data_ptr(),

@@ -44,6 +44,9 @@ STABLE_TORCH_LIBRARY(redknot, m) {
       "gathered_ffn(Tensor(a!) residual, Tensor norm_weight, float eps, Tensor w_gate_up, "
       "Tensor w_down, Tensor indices, Tensor count, str activation=\"silu\", *, "
       "Tensor? w_up=None) -> ()");
+  m.def(
+      "gathered_linear(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor? norm_weight=None, "
+      "float eps=0.0, Tensor? indices=None, Tensor? count=None) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def(
       "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "

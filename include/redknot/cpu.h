@@ -25,6 +25,7 @@ void gather_norm(const GatherNormParams& params, const Executor& executor);
 // False where the sizes are not for it; nothing is done then.
 bool few_row_linear(const FewRowLinearParams& params, const Executor& executor);
 void gated_activation(const GatedActivationParams& params, const Executor& executor);
+void add_bias(const AddBiasParams& params, const Executor& executor);
 void scatter_add(const ScatterAddParams& params, const Executor& executor);
 int64_t dot_roof(const DotRoofParams& params, const Executor& executor);
 float read_roof(const ReadRoofParams& params, const Executor& executor);

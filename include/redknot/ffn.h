@@ -35,6 +35,26 @@ struct GatheredFfnParams {
   DType dtype = DType::kFloat32;
 };
 
+// out[i] = w x[indices[i]] + bias for i < *count, of the norm of x where there is a norm_weight.
+// Rows of out from *count on are not written.
+struct GatheredLinearParams {
+  const void* x = nullptr;           // [num_tokens, in_dim]
+  const void* w = nullptr;           // [out_dim, in_dim]
+  const void* maybe_bias = nullptr;  // [out_dim]
+  const void* maybe_norm = nullptr;  // [in_dim]
+  const int32_t* indices = nullptr;  // [max_rows], null: row i is row i
+  const int32_t* count = nullptr;    // [1], null: max_rows
+  void* out = nullptr;               // [max_rows, out_dim], contiguous
+  int64_t num_tokens = 0;
+  int64_t max_rows = 0;
+  int64_t in_dim = 0;
+  int64_t out_dim = 0;
+  int64_t x_stride = 0;
+  int64_t w_stride = 0;
+  float eps = 0.0f;
+  DType dtype = DType::kFloat32;
+};
+
 // The parts of gathered_ffn around its two GEMMs. `indices` are the token rows of one chunk.
 
 // out[i] = round(x[indices[i]] / rms) * weight, rms over hidden_dim in fp32, rounded to the dtype
@@ -73,6 +93,15 @@ struct GatedActivationParams {
   int64_t ffn_dim = 0;
   int64_t in_stride = 0;  // of gate's and of up's rows
   Activation activation = Activation::kSilu;
+  DType dtype = DType::kFloat32;
+};
+
+// out[i] += bias.
+struct AddBiasParams {
+  void* out = nullptr;         // [num_rows, dim], contiguous
+  const void* bias = nullptr;  // [dim]
+  int64_t num_rows = 0;
+  int64_t dim = 0;
   DType dtype = DType::kFloat32;
 };
 

@@ -22,6 +22,7 @@ from torch import Tensor
 __all__ = [
     "copy_pages",
     "gathered_ffn",
+    "gathered_linear",
     "merge_states",
     "rms_norm",
     "rope_realign",
@@ -362,6 +363,52 @@ def gathered_ffn(
     )
 
 
+def gathered_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    indices: Tensor | None = None,
+    count: Tensor | None = None,
+) -> Tensor:
+    """Linear layer of selected rows, normed on the way if wanted.
+
+    ``out[i] = weight @ x[indices[i]] + bias`` for ``i < count``. Up to 64 rows cost no more than
+    reading the weights once.
+
+    Parameters
+    ----------
+    x : Tensor [num_tokens, in_dim]
+        Only the last dimension must be contiguous.
+    weight : Tensor [out_dim, in_dim]
+        Of a ``torch.nn.Linear``, or some rows of it.
+    bias : Tensor [out_dim], optional
+    norm_weight : Tensor [in_dim], optional
+        The rows are RMS-normed first, as `rms_norm` does.
+    eps : float
+        Of the norm.
+    indices : Tensor [max_rows], int32, optional
+        The first `count` entries are rows of `x`; None: all rows in order.
+    count : Tensor [1], int32
+        With `indices`.
+
+    Returns
+    -------
+    Tensor [max_rows, out_dim]
+        What is behind the first `count` rows means nothing.
+
+    Notes
+    -----
+    On CUDA as for `gathered_ffn`: `count` stays there, the dtype is bfloat16 or float16, dimensions
+    and strides are multiples of 8, and the values of `indices` are trusted.
+    """
+    return _ops.gathered_linear(
+        x, weight, bias, norm_weight=norm_weight, eps=eps, indices=indices, count=count
+    )
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of every row, rounded as Hugging Face's modules round.
 
@@ -439,6 +486,17 @@ def _fake_select_tokens(
     )
 
 
+def _fake_gathered_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    indices: Tensor | None = None,
+    **kwargs: object,
+) -> Tensor:
+    return x.new_empty(len(x if indices is None else indices), len(weight))
+
+
 def _fake_rms_norm(x: Tensor, *args: object) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -465,6 +523,7 @@ _FAKES: dict[str, Callable[..., object]] = {
     "token_importance": _fake_token_importance,
     "select_tokens": _fake_select_tokens,
     "gathered_ffn": _fake_in_place,
+    "gathered_linear": _fake_gathered_linear,
     "rms_norm": _fake_rms_norm,
     "merge_states": _fake_merge_states,
 }

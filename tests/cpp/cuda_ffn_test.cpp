@@ -128,12 +128,16 @@ TEST(gates_and_ups_of_a_column_are_the_same_warps) {
 }
 
 TEST(rows_of_a_call_are_those_of_its_chunk) {
-  CHECK_EQ(rows_of_call(0, 0, 16), 0);
-  CHECK_EQ(rows_of_call(5, 0, 16), 5);
-  CHECK_EQ(rows_of_call(20, 0, 16), 16);
-  CHECK_EQ(rows_of_call(20, 16, 16), 4);
-  CHECK_EQ(rows_of_call(10, 16, 16), 0);
-  CHECK_EQ(rows_of_call(-3, 0, 16), 0);
+  const auto rows = [](int32_t count, int32_t first_row) {
+    return rows_of_call(&count, first_row, 16);
+  };
+  CHECK_EQ(rows(0, 0), 0);
+  CHECK_EQ(rows(5, 0), 5);
+  CHECK_EQ(rows(20, 0), 16);
+  CHECK_EQ(rows(20, 16), 4);
+  CHECK_EQ(rows(10, 16), 0);
+  CHECK_EQ(rows(-3, 0), 0);
+  CHECK_EQ(rows_of_call(nullptr, 0, 16), 16);
 }
 
 TEST(workspace_parts_do_not_overlap) {
@@ -142,7 +146,7 @@ TEST(workspace_parts_do_not_overlap) {
   params.hidden_dim = 4096;
   params.ffn_dim = 14336;
   params.dtype = DType::kBFloat16;
-  const FfnWorkspace workspace(params, 132);
+  const FfnWorkspace workspace(params, {132, false});
   CHECK_EQ(workspace.chunk_rows, kMaxChunkRows);
   CHECK(workspace.activated - workspace.normed >= kMaxChunkRows * 4096 * 2);
   CHECK(workspace.partials - workspace.activated >= kMaxChunkRows * 14336 * 2);

@@ -81,7 +81,7 @@ class Ffn {
   double error(const simt::Schedule& schedule, Run&& run) {
     simt::Buffer<T> residual("residual", before_);
     const GatheredFfnParams call = params(residual);
-    FfnWorkspace workspace(call, case_.workers);
+    FfnWorkspace workspace(call, {case_.workers, false});
     workspace.chunk_rows = std::min(workspace.chunk_rows, case_.chunk_rows);
     simt::Buffer<unsigned char> memory("workspace", workspace.num_bytes);
     for (int64_t first = 0; first < call.max_rows; first += workspace.chunk_rows) {

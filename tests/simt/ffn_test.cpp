@@ -2,6 +2,7 @@
 // bit.
 #include "best_plan.h"
 #include "ffn_case.hpp"
+#include "linear_case.hpp"
 
 namespace {
 
@@ -78,6 +79,34 @@ TEST(gelu) {
 TEST(rows_that_do_not_exist_are_skipped) {
   FfnCase c{.rows = {4, 40, -1, 1000000, 7}};
   expect_right<BF16>(c);
+}
+
+// --- gathered_linear
+// ------------------------------------------------------------------------------
+
+TEST(linear_of_gathered_rows) {
+  for (const bool has_norm : {false, true}) {
+    for (const bool has_bias : {false, true}) {
+      expect_right_linear<BF16>({.rows = {3, 0, 17, 3}, .has_norm = has_norm, .has_bias = has_bias},
+                                run_linear<BF16>);
+    }
+  }
+}
+TEST(linear_of_all_rows) {
+  expect_right_linear<__half>({.num_tokens = 19, .takes_all = true, .has_bias = true},
+                              run_linear<__half>);
+}
+TEST(linear_in_chunks) {
+  expect_right_linear<__half>(
+      {.num_tokens = 37, .takes_all = true, .has_norm = true, .chunk_rows = 16},
+      run_linear<__half>);
+  expect_right_linear<BF16>({.num_tokens = 37, .takes_all = true, .chunk_rows = 16},
+                            run_linear<BF16>);
+}
+TEST(linear_with_split_depth) {
+  expect_right_linear<BF16>(
+      {.num_tokens = 5, .in_dim = 1032, .out_dim = 72, .takes_all = true, .workers = 9},
+      run_linear<BF16>);
 }
 
 // --- what the comparison would see ---------------------------------------------------------------

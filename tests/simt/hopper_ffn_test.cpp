@@ -3,6 +3,7 @@
 #include "best_plan.h"
 #include "cuda/ffn/hopper_gemm.cuh"
 #include "ffn_case.hpp"
+#include "linear_case.hpp"
 
 namespace {
 
@@ -71,6 +72,20 @@ TEST(chunks_of_rows) {
 TEST(gelu) {
   expect_right<__half>(
       {.rows = first_rows(80), .num_tokens = 80, .activation = Activation::kGeluTanh});
+}
+
+template <typename T>
+void run_hopper_linear(const LinearChunk& chunk, int32_t workers, const simt::Schedule& schedule) {
+  gather_or_clear<T>(chunk, workers, schedule);
+  run_product<T, Result::kStore>(chunk.product, workers, schedule);
+}
+
+TEST(linear) {
+  expect_right_linear<BF16>(
+      {.rows = first_rows(80), .num_tokens = 90, .has_norm = true, .has_bias = true},
+      run_hopper_linear<BF16>);
+  expect_right_linear<__half>({.num_tokens = 130, .in_dim = 136, .out_dim = 264, .takes_all = true},
+                              run_hopper_linear<__half>);
 }
 
 TEST(ups_that_begin_a_row_late_are_far_off) {

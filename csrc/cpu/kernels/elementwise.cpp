@@ -212,6 +212,22 @@ void gated_activation(const GatedActivationParams& params, int64_t begin, int64_
   });
 }
 
+void add_bias(const AddBiasParams& params, int64_t begin, int64_t end) {
+  dispatch_dtype(params.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto* bias = static_cast<const T*>(params.bias);
+    for (int64_t i = begin; i < end; ++i) {
+      T* out = static_cast<T*>(params.out) + i * params.dim;
+      for_each_vec(
+          params.dim,
+          [&](int64_t d) { store(out + d, load(out + d) + load(bias + d)); },
+          [&](int64_t d, int64_t n) {
+            store_partial(out + d, load_partial(out + d, n) + load_partial(bias + d, n), n);
+          });
+    }
+  });
+}
+
 void scatter_add(const ScatterAddParams& params, int64_t begin, int64_t end) {
   dispatch_dtype(params.dtype, [&](auto element) {
     using T = decltype(element);

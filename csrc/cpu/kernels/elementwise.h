@@ -21,6 +21,7 @@ void token_importance(const TokenImportanceParams& params, int64_t begin, int64_
 void merge_states(const MergeStatesParams& params, int64_t begin, int64_t end);
 void gather_norm(const GatherNormParams& params, int64_t begin, int64_t end);
 void gated_activation(const GatedActivationParams& params, int64_t begin, int64_t end);
+void add_bias(const AddBiasParams& params, int64_t begin, int64_t end);
 void scatter_add(const ScatterAddParams& params, int64_t begin, int64_t end);
 
 }  // namespace redknot::cpu::REDKNOT_ISA

@@ -15,6 +15,7 @@ const Kernels kKernels = {
     .merge_states = merge_states,
     .gather_norm = gather_norm,
     .gated_activation = gated_activation,
+    .add_bias = add_bias,
     .scatter_add = scatter_add,
     .takes_few_rows = takes_few_rows,
     .few_row_linear = few_row_linear,

@@ -35,10 +35,15 @@ struct RowSink {
         reinterpret_cast<Access*>(static_cast<T*>(gemm.out) + out_row * gemm.out_stride + column);
     Access stored;
     if constexpr (kResult == Result::kScatterAdd) stored = *to;
+    bool adds = kResult == Result::kScatterAdd;
+    if constexpr (kResult == Result::kStore) {
+      adds = gemm.bias != nullptr;
+      if (adds)
+        stored = *reinterpret_cast<const Access*>(static_cast<const T*>(gemm.bias) + column);
+    }
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      const float before = kResult == Result::kScatterAdd ? to_float(stored.element[i]) : 0.0f;
-      stored.element[i] = from_float<T>(before + values[i]);
+      stored.element[i] = from_float<T>(adds ? to_float(stored.element[i]) + values[i] : values[i]);
     }
     *to = stored;
   }

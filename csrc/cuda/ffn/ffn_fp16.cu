@@ -10,4 +10,11 @@ cudaError_t ffn_fp16(const GatheredFfnParams& params,
   return launch_ffn<__half>(params, workspace, memory, stream);
 }
 
+cudaError_t linear_fp16(const GatheredLinearParams& params,
+                        const LinearWorkspace& workspace,
+                        void* memory,
+                        cudaStream_t stream) {
+  return launch_linear<__half>(params, workspace, memory, stream);
+}
+
 }  // namespace redknot::gpu

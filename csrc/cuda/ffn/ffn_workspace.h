@@ -15,9 +15,8 @@ namespace redknot::gpu {
 constexpr int64_t kMaxChunkRows = 8192;
 
 struct FfnWorkspace {
+  GemmDevice device;
   int64_t chunk_rows = 0;
-  int32_t workers = 0;     // blocks that run at once
-  bool is_hopper = false;  // whether the device runs hopper_ffn.cu
   // Offsets in bytes.
   int64_t normed = 0;     // [chunk_rows, hidden_dim]
   int64_t activated = 0;  // [chunk_rows, ffn_dim]
@@ -25,24 +24,19 @@ struct FfnWorkspace {
   int64_t arrivals = 0;   // int32, of both products
   int64_t num_bytes = 0;
 
-  FfnWorkspace(const GatheredFfnParams& params, int32_t num_workers, bool on_hopper = false)
-      : workers(num_workers), is_hopper(on_hopper) {
+  FfnWorkspace(const GatheredFfnParams& params, GemmDevice on_device) : device(on_device) {
     chunk_rows = std::min(params.max_rows, kMaxChunkRows);
-    const auto take = [this](int64_t bytes) {
-      constexpr int64_t kAlignment = 256;
-      const int64_t begin = num_bytes;
-      num_bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-      return begin;
-    };
     const int64_t element = size_of(params.dtype);
-    normed = take(chunk_rows * params.hidden_dim * element);
-    activated = take(chunk_rows * params.ffn_dim * element);
-    partials = take(partial_floats() * static_cast<int64_t>(sizeof(float)));
-    arrivals = take(2 * num_arrivals() * static_cast<int64_t>(sizeof(int32_t)));
+    WorkspaceParts parts;
+    normed = parts.take(chunk_rows * params.hidden_dim * element);
+    activated = parts.take(chunk_rows * params.ffn_dim * element);
+    partials = parts.take(partial_floats() * static_cast<int64_t>(sizeof(float)));
+    arrivals = parts.take(2 * num_arrivals() * static_cast<int64_t>(sizeof(int32_t)));
+    num_bytes = parts.num_bytes;
   }
 
-  int64_t partial_floats() const { return workers * kPartialFloatsPerWorker; }
-  int64_t num_arrivals() const { return workers * kArrivalsPerWorker; }
+  int64_t partial_floats() const { return device.workers * kPartialFloatsPerWorker; }
+  int64_t num_arrivals() const { return device.workers * kArrivalsPerWorker; }
 };
 
 // The launches for the rows from first_row on.

@@ -8,7 +8,8 @@
 #include "cuda/ptx/simt.cuh"
 
 // out[i] = rmsnorm(residual[indices[i]]): the selected rows, dense and ready for the product; what
-// the norm reads is written once. A block takes a row at a time.
+// the norm reads is written once. Without a weight, the rows as they are. A block takes a row at a
+// time.
 namespace redknot::gpu {
 
 constexpr int kNormThreads = 256;
@@ -27,7 +28,7 @@ __device__ inline float sum_of_block(float value, float* scratch) {
 
 // kSize elements at once, which every row is a multiple of.
 template <typename T, int kSize>
-__global__ void __launch_bounds__(kNormThreads) gather_norm_kernel(GatherNorm params) {
+__global__ void __launch_bounds__(kNormThreads, 5) gather_norm_kernel(GatherNorm params) {
   using Access = Vector<T, kSize>;
   RK_DYNAMIC_SMEM(smem);
   auto* scratch = reinterpret_cast<float*>(smem);
@@ -36,19 +37,25 @@ __global__ void __launch_bounds__(kNormThreads) gather_norm_kernel(GatherNorm pa
        i += num_threads) {
     params.arrivals[i] = 0;
   }
-  const int32_t rows = params.count == nullptr
-                           ? params.max_rows
-                           : rows_of_call(*params.count, params.first_row, params.max_rows);
+  const int32_t rows = rows_of_call(params.count, params.first_row, params.max_rows);
   const int32_t num_vectors = params.hidden_dim / kSize;
   const auto* weight = static_cast<const Access*>(params.weight);
   for (int32_t i = blockIdx.x; i < rows; i += gridDim.x) {
-    const int32_t token = params.indices == nullptr ? i : params.indices[params.first_row + i];
+    const int32_t at = params.first_row + i;
+    const int32_t token = params.indices == nullptr ? at : params.indices[at];
     // Rows that the caller does not have are zeros here, and skipped when results are added.
     const bool exists = token >= 0 && token < params.num_tokens;
     const auto* x = reinterpret_cast<const Access*>(static_cast<const T*>(params.residual) +
                                                     (exists ? token : 0) * params.residual_stride);
     auto* out =
         reinterpret_cast<Access*>(static_cast<T*>(params.out) + int64_t{i} * params.hidden_dim);
+    if (weight == nullptr) {
+#pragma unroll 1
+      for (int32_t v = threadIdx.x; v < num_vectors; v += kNormThreads) {
+        out[v] = exists ? x[v] : Access{};
+      }
+      continue;
+    }
     float squares = 0.0f;
     for (int32_t v = threadIdx.x; v < num_vectors; v += kNormThreads) {
       const Access values = x[v];

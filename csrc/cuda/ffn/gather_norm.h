@@ -7,7 +7,7 @@ namespace redknot::gpu {
 // Arguments of gather_norm_kernel.
 struct GatherNorm {
   const void* residual = nullptr;    // [num_tokens, hidden_dim]
-  const void* weight = nullptr;      // [hidden_dim]
+  const void* weight = nullptr;      // [hidden_dim], null: no norm
   const int32_t* indices = nullptr;  // [first_row + max_rows], null: row i is row i of residual
   const int32_t* count = nullptr;    // [1], null: max_rows
   void* out = nullptr;               // [max_rows, hidden_dim], contiguous

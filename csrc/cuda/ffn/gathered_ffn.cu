@@ -1,4 +1,4 @@
-// gathered_ffn and rms_norm as the host calls them.
+// gathered_ffn, gathered_linear and rms_norm as the host calls them.
 #include "cuda/common/alignment.h"
 #include "cuda/common/architecture.h"
 #include "cuda/ffn/ffn.h"
@@ -8,40 +8,54 @@
 namespace redknot::gpu {
 namespace {
 
-cudaError_t count_sms(int32_t* num_sms) {
+cudaError_t current_device(GemmDevice* found) {
+  found->is_hopper = chooses_hopper();
   int device = 0;
   const cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
-  return cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, device);
-}
-
-// One block per multiprocessor: the products take its registers whole.
-FfnWorkspace workspace_on(int32_t num_sms, const GatheredFfnParams& params) {
-  return {params, num_sms, chooses_hopper()};
+  return cudaDeviceGetAttribute(&found->workers, cudaDevAttrMultiProcessorCount, device);
 }
 
 }  // namespace
 
 cudaError_t gathered_ffn_workspace(const GatheredFfnParams& params, int64_t* num_bytes) {
-  int32_t num_sms = 0;
-  const cudaError_t status = count_sms(&num_sms);
-  if (status == cudaSuccess) *num_bytes = workspace_on(num_sms, params).num_bytes;
+  GemmDevice device;
+  const cudaError_t status = current_device(&device);
+  if (status == cudaSuccess) *num_bytes = FfnWorkspace(params, device).num_bytes;
   return status;
 }
 
 cudaError_t gathered_ffn(const GatheredFfnParams& params, void* workspace, cudaStream_t stream) {
-  int32_t num_sms = 0;
-  const cudaError_t status = count_sms(&num_sms);
+  GemmDevice device;
+  const cudaError_t status = current_device(&device);
   if (status != cudaSuccess) return status;
-  const FfnWorkspace layout = workspace_on(num_sms, params);
+  const FfnWorkspace layout(params, device);
   return params.dtype == DType::kBFloat16 ? ffn_bf16(params, layout, workspace, stream)
                                           : ffn_fp16(params, layout, workspace, stream);
 }
 
+cudaError_t gathered_linear_workspace(const GatheredLinearParams& params, int64_t* num_bytes) {
+  GemmDevice device;
+  const cudaError_t status = current_device(&device);
+  if (status == cudaSuccess) *num_bytes = LinearWorkspace(params, device).num_bytes;
+  return status;
+}
+
+cudaError_t gathered_linear(const GatheredLinearParams& params,
+                            void* workspace,
+                            cudaStream_t stream) {
+  GemmDevice device;
+  const cudaError_t status = current_device(&device);
+  if (status != cudaSuccess) return status;
+  const LinearWorkspace layout(params, device);
+  return params.dtype == DType::kBFloat16 ? linear_bf16(params, layout, workspace, stream)
+                                          : linear_fp16(params, layout, workspace, stream);
+}
+
 cudaError_t rms_norm(const GatherNormParams& params, cudaStream_t stream) {
   if (params.num_rows == 0) return cudaSuccess;
-  int32_t num_sms = 0;
-  const cudaError_t status = count_sms(&num_sms);
+  GemmDevice device;
+  const cudaError_t status = current_device(&device);
   if (status != cudaSuccess) return status;
   GatherNorm norm;
   norm.residual = params.residual;
@@ -59,8 +73,8 @@ cudaError_t rms_norm(const GatherNormParams& params, cudaStream_t stream) {
   return with_element(params.dtype, [&](auto element) {
     using T = typename decltype(element)::type;
     constexpr int kVectorSize = kVectorBytes / sizeof(T);
-    return is_aligned ? launch_gather_norm<T, kVectorSize>(norm, num_sms, stream)
-                      : launch_gather_norm<T, 1>(norm, num_sms, stream);
+    return is_aligned ? launch_gather_norm<T, kVectorSize>(norm, device.workers, stream)
+                      : launch_gather_norm<T, 1>(norm, device.workers, stream);
   });
 }
 

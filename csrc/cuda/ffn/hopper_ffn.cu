@@ -22,8 +22,15 @@ cudaError_t launch_result(const HopperGemm& params,
                           Result result,
                           int32_t workers,
                           cudaStream_t stream) {
-  return result == Result::kGated ? launch<T, Result::kGated>(params, workers, stream)
-                                  : launch<T, Result::kScatterAdd>(params, workers, stream);
+  switch (result) {
+    case Result::kGated:
+      return launch<T, Result::kGated>(params, workers, stream);
+    case Result::kScatterAdd:
+      return launch<T, Result::kScatterAdd>(params, workers, stream);
+    case Result::kStore:
+      break;
+  }
+  return launch<T, Result::kStore>(params, workers, stream);
 }
 
 }  // namespace

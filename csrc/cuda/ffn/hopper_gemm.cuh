@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   RK_DYNAMIC_SMEM(smem);
   auto& shared = *reinterpret_cast<HopperShared*>(smem);
   const RowGemm& gemm = params.gemm;
-  const int32_t rows = rows_of_call(*gemm.count, gemm.first_row, gemm.max_rows);
+  const int32_t rows = rows_of_call(gemm.count, gemm.first_row, gemm.max_rows);
   if (rows == 0 || rows < gemm.least_rows || rows > gemm.most_rows) return;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < HopperTile::kStages; ++stage) {

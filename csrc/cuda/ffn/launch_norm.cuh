@@ -8,10 +8,10 @@
 
 namespace redknot::gpu {
 
-// Eight blocks of a row each fill a multiprocessor.
+// Five blocks of a row each run on a multiprocessor at least.
 template <typename T, int kSize>
 cudaError_t launch_gather_norm(const GatherNorm& norm, int32_t num_sms, cudaStream_t stream) {
-  const auto blocks = static_cast<uint32_t>(std::min(norm.max_rows, 8 * num_sms));
+  const auto blocks = static_cast<uint32_t>(std::min(norm.max_rows, 5 * num_sms));
   constexpr size_t kScratchBytes = kNormThreads / 32 * sizeof(float);
   gather_norm_kernel<T, kSize><<<blocks, kNormThreads, kScratchBytes, stream>>>(norm);
   return cudaGetLastError();

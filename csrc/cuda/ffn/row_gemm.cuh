@@ -141,7 +141,7 @@ __device__ void multiply_tiles(const RowGemm& gemm, int32_t rows, unsigned char*
 template <typename T, Result kResult>
 __global__ void __launch_bounds__(kGemmThreads, 1) row_gemm_kernel(RowGemm gemm) {
   RK_DYNAMIC_SMEM(smem);
-  const int32_t rows = rows_of_call(*gemm.count, gemm.first_row, gemm.max_rows);
+  const int32_t rows = rows_of_call(gemm.count, gemm.first_row, gemm.max_rows);
   if (rows == 0 || rows < gemm.least_rows || rows > gemm.most_rows) return;
   if (rows <= kFlatRows) {
     multiply_tiles<T, FlatTile, kResult>(gemm, rows, smem);

@@ -13,6 +13,7 @@ namespace redknot::gpu {
 enum class Result {
   kGated,       // activation(gate) * up, of two matrices B that share A, is stored
   kScatterAdd,  // it is added to the row that `indices` names
+  kStore,       // it is stored, with the bias if there is one
 };
 
 // C [rows, columns] = A [rows, depth] B [columns, depth]^T, where only the device knows `rows`.
@@ -27,7 +28,7 @@ struct RowGemm {
   int32_t depth = 0;
   // This call's rows are those of [first_row, first_row + max_rows) that are below *count; calls
   // with fewer than least_rows or more than most_rows of them are another kernel's.
-  const int32_t* count = nullptr;
+  const int32_t* count = nullptr;  // null: max_rows
   int32_t first_row = 0;
   int32_t max_rows = 0;
   int32_t least_rows = 0;
@@ -36,8 +37,9 @@ struct RowGemm {
   float* partials = nullptr;    // [partial_floats]
   int32_t* arrivals = nullptr;  // zeros, one for each tile that may be split
   int64_t partial_floats = 0;
-  // kGated: out [max_rows, columns]; kScatterAdd: the residual [num_tokens, columns].
+  // kGated, kStore: out [max_rows, columns]; kScatterAdd: the residual [num_tokens, columns].
   void* out = nullptr;
+  const void* bias = nullptr;  // [columns] or null, kStore
   int64_t out_stride = 0;
   const int32_t* indices = nullptr;  // [first_row + max_rows], kScatterAdd
   int32_t num_tokens = 0;
@@ -54,8 +56,11 @@ inline RowGemm with_more_than(RowGemm gemm, int32_t rows) {
   return gemm;
 }
 
-RK_HOST_DEVICE inline int32_t rows_of_call(int32_t count, int32_t first_row, int32_t max_rows) {
-  const int32_t rows = count - first_row;
+RK_HOST_DEVICE inline int32_t rows_of_call(const int32_t* count,
+                                           int32_t first_row,
+                                           int32_t max_rows) {
+  if (count == nullptr) return max_rows;
+  const int32_t rows = *count - first_row;
   return rows < 0 ? 0 : rows < max_rows ? rows : max_rows;
 }
 
@@ -93,6 +98,12 @@ static_assert(tile_bytes<LowTile>() <= kStageBytes && tile_bytes<FlatTile>() <= 
 constexpr int kGemmSharedBytes = kStageBytes + 16;  // and a word for whoever comes last
 static_assert(kGemmSharedBytes <= 99 * 1024);
 
+// Blocks that run at once, one per multiprocessor: the products take its registers whole.
+struct GemmDevice {
+  int32_t workers = 0;
+  bool is_hopper = false;  // runs hopper_ffn.cu
+};
+
 // Partial sums: as many as two waves of the widest tile have. An item that is split is no larger.
 constexpr int64_t kPartialFloatsPerWorker = 2 * WideTile::kSize.rows * WideTile::kSize.columns;
 // Tiles that are split are fewer than their items, which fit the partial sums.
@@ -110,6 +121,18 @@ RK_HOST_DEVICE constexpr int swizzled(int row, int vector) {
   const int turn = kDepth == 64 ? row % 8 : row / 2 % 4;
   return row * kDepth + (vector ^ turn) * kVector;
 }
+
+// Parts of a workspace, each at a multiple of 256 bytes.
+struct WorkspaceParts {
+  int64_t num_bytes = 0;
+
+  int64_t take(int64_t bytes) {
+    constexpr int64_t kAlignment = 256;
+    const int64_t begin = num_bytes;
+    num_bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return begin;
+  }
+};
 
 // Where row r of a tile's part of B lies in the weights. With gate and up at once, a warp of
 // `warp_columns` rows of B holds the gates of half as many columns of C, and behind them the ups of

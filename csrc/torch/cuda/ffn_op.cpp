@@ -1,5 +1,5 @@
-// gathered_ffn and rms_norm. The values of indices and count are trusted here: reading them would
-// wait for the device.
+// gathered_ffn, gathered_linear, rms_norm. The values of indices and count are trusted here:
+// reading them would wait for the device.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -11,33 +11,57 @@
 #include "cuda/kernels_cuda.h"
 #include "ffn_params.h"
 #include "launch.h"
+#include "linear_params.h"
 
 namespace redknot::binding {
 namespace {
 
+constexpr int64_t kMaxRows = std::numeric_limits<int32_t>::max();
+
+void check_dtype(const Arguments& args, const char* name, DType dtype) {
+  args.check(dtype != DType::kFloat32, name, " must be bfloat16 or float16 on CUDA, got float32");
+}
+
+void check_rows(const Arguments& args, const char* name, const void* base, int64_t stride) {
+  args.check(gpu::are_vectors_aligned({base}, {stride}, size_of(DType::kBFloat16)),
+             name,
+             " must start at a multiple of 16 bytes, with rows a multiple of 8 elements apart, on "
+             "CUDA; got a stride of ",
+             stride);
+}
+
 void check_layout(const Arguments& args, const GatheredFfnParams& params) {
-  args.check(params.dtype != DType::kFloat32,
-             "residual must be bfloat16 or float16 on CUDA, got float32");
+  check_dtype(args, "residual", params.dtype);
   args.check(params.hidden_dim % 8 == 0 && params.ffn_dim % 8 == 0,
              "hidden_dim and ffn_dim must be multiples of 8 on CUDA, got ",
              params.hidden_dim,
              " and ",
              params.ffn_dim);
-  const auto check = [&](const char* name, const void* base, int64_t stride) {
-    args.check(gpu::are_vectors_aligned({base}, {stride}, size_of(params.dtype)),
-               name,
-               " must start at a multiple of 16 bytes, with rows a multiple of 8 elements apart, "
-               "on CUDA; got a stride of ",
-               stride);
-  };
-  check("residual", params.residual, params.residual_stride);
-  check("norm_weight", params.norm_weight, 0);
-  check("w_gate_up", params.w_gate, params.gate_stride);
-  check("w_up", params.w_up, params.up_stride);
-  check("w_down", params.w_down, params.down_stride);
-  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  args.check(params.num_tokens <= kMax && params.max_rows <= kMax,
+  check_rows(args, "residual", params.residual, params.residual_stride);
+  check_rows(args, "norm_weight", params.norm_weight, 0);
+  check_rows(args, "w_gate_up", params.w_gate, params.gate_stride);
+  check_rows(args, "w_up", params.w_up, params.up_stride);
+  check_rows(args, "w_down", params.w_down, params.down_stride);
+  args.check(params.num_tokens <= kMaxRows && params.max_rows <= kMaxRows,
              "at most 2^31 - 1 tokens on CUDA, got ",
+             params.num_tokens,
+             " and indices for ",
+             params.max_rows);
+}
+
+void check_layout(const Arguments& args, const GatheredLinearParams& params) {
+  check_dtype(args, "x", params.dtype);
+  args.check(params.in_dim % 8 == 0 && params.out_dim % 8 == 0,
+             "in_dim and out_dim must be multiples of 8 on CUDA, got ",
+             params.in_dim,
+             " and ",
+             params.out_dim);
+  check_rows(args, "x", params.x, params.x_stride);
+  check_rows(args, "weight", params.w, params.w_stride);
+  check_rows(args, "bias", params.maybe_bias, 0);
+  check_rows(args, "norm_weight", params.maybe_norm, 0);
+  args.check(params.num_tokens <= kMaxRows && params.max_rows <= kMaxRows,
+             "at most 2^31 - 1 rows on CUDA, got ",
              params.num_tokens,
              " and indices for ",
              params.max_rows);
@@ -67,10 +91,34 @@ void gathered_ffn(const Tensor& residual,
   });
 }
 
+Tensor gathered_linear(const Tensor& x,
+                       const Tensor& weight,
+                       std::optional<Tensor> bias,
+                       std::optional<Tensor> norm_weight,
+                       double eps,
+                       std::optional<Tensor> indices,
+                       std::optional<Tensor> count) {
+  const Arguments args("gathered_linear", x);
+  GatheredLinearParams params =
+      gathered_linear_params(args, {x, weight, bias, norm_weight, indices, count}, eps);
+  check_layout(args, params);
+  const Tensor out = torch::stable::new_empty(x, {params.max_rows, params.out_dim});
+  if (params.max_rows == 0 || params.num_tokens == 0) return out;
+  params.out = out.data_ptr();
+  launch_on_device_of(x, "gathered_linear", [&](cudaStream_t stream) {
+    int64_t num_bytes = 0;
+    const cudaError_t status = gpu::gathered_linear_workspace(params, &num_bytes);
+    if (status != cudaSuccess) return status;
+    const Tensor workspace = torch::stable::new_empty(x, {num_bytes}, ScalarType::Byte);
+    return gpu::gathered_linear(params, workspace.data_ptr(), stream);
+  });
+  return out;
+}
+
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   const Arguments args("rms_norm", x);
   const RmsNormCall call = rms_norm_call(args, x, weight, eps);
-  args.check(call.params.num_rows <= std::numeric_limits<int32_t>::max(),
+  args.check(call.params.num_rows <= kMaxRows,
              "at most 2^31 - 1 rows on CUDA, got ",
              call.params.num_rows);
   launch_on_device_of(
@@ -82,6 +130,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
 
 STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) {
   m.impl("gathered_ffn", TORCH_BOX(&gathered_ffn));
+  m.impl("gathered_linear", TORCH_BOX(&gathered_linear));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
 }
 

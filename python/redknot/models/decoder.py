@@ -24,6 +24,9 @@ __all__ = ["Decoder"]
 
 # Rows that pass an FFN at once: bounds the [rows, ffn_dim] workspace, large enough for the GEMMs.
 _FFN_CHUNK_ROWS = 4096
+# Up to so many rows `gathered_linear` reads the weights once, where torch's product in bf16 does not
+# keep up with the memory. In fp32 it does.
+_FEW_ROWS = 64
 # Classes whose modules the fused operators stand for, as torch and transformers name them.
 _SILU = {"SiLU", "SiLUActivation"}
 _RMS_NORMS = {f"{model_type.capitalize()}RMSNorm" for model_type in FAMILIES}
@@ -111,7 +114,7 @@ class Decoder:
         if heads is not None and len(heads) < self.shape.num_kv_heads:
             (q,) = self._some_heads(layer, normed, self._query_heads(heads), ("q_proj",))
         else:
-            q = attention.q_proj(normed).view(len(normed), self.shape.num_q_heads, -1)
+            q = _linear(attention.q_proj, normed).view(len(normed), self.shape.num_q_heads, -1)
         if self.family.qk_norm:
             q = _normed(attention.q_norm, q)
         return ops.rope_realign(q, positions, self.inv_freq)
@@ -129,7 +132,7 @@ class Decoder:
             k, v = self._some_heads(layer, normed, heads, ("k_proj", "v_proj"))
         else:
             k, v = (
-                projection(normed).view(len(normed), self.shape.num_kv_heads, -1)
+                _linear(projection, normed).view(len(normed), self.shape.num_kv_heads, -1)
                 for projection in (attention.k_proj, attention.v_proj)
             )
         if self.family.qk_norm:
@@ -180,7 +183,7 @@ class Decoder:
 
         A new tensor: whoever keeps `hidden` still has what came into the layer.
         """
-        added = self._layers[layer].self_attn.o_proj(attention_out.flatten(1))
+        added = _linear(self._layers[layer].self_attn.o_proj, attention_out.flatten(1))
         return torch.add(hidden, added, out=added)
 
     def add_ffn(self, layer: int, hidden: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [num_rows, vocab_size] of hidden states after the last layer."""
-        return self.model.lm_head(_normed(self._backbone.norm, hidden))
+        return _linear(self.model.lm_head, _normed(self._backbone.norm, hidden))
 
     # --- what the store and the ledger ask -------------------------------------------------------
 
@@ -257,6 +260,18 @@ def _has_hooks(module: nn.Module) -> bool:
 def _is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is nothing but x W^T + b, so that its weight may be used directly."""
     return type(module) is nn.Linear and not _has_hooks(module)
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    """A projection of rows [num_rows, in_dim]; of a few in bf16 by the operator made for that."""
+    if (
+        x.dtype is torch.bfloat16
+        and len(x) <= _FEW_ROWS
+        and _is_plain_linear(module)
+        and module.in_features % 32 == module.out_features % 16 == 0
+    ):
+        return ops.gathered_linear(x, module.weight, module.bias)
+    return module(x)
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
