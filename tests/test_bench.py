@@ -74,9 +74,12 @@ def test_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ffn_rope_and_allocator(tmp_path: Path) -> None:
-    ffn = run("ffn", tmp_path, "--context", "128")
+    both = run("ffn", tmp_path, "--context", "128")
+    ffn, linear = ([r for r in both if r["kind"] == kind] for kind in ("ffn", "linear"))
     assert {r["details"]["keep_fraction"] for r in ffn} == {None, 0.05, 0.1, 0.2, 0.5, 1.0}
     assert all(set(r["peers_ms"]) == {"F.linear chain"} for r in ffn)
+    assert [r["details"]["rows"] for r in linear] == [1, 8, 32]
+    assert all(set(r["peers_ms"]) == {"F.linear"} for r in linear)
     rope = run("rope", tmp_path, "--context", "256")
     assert [r["kind"] for r in rope] == ["rope", "rope pages"]
     allocator = run("allocator", tmp_path, "--batch", "2")

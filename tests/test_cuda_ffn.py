@@ -46,6 +46,22 @@ def test_numbers_of_rows(count: int, dtype: torch.dtype) -> None:
     expect_right(ffn, rows.sort().values.tolist(), packed=count % 2 == 0)
 
 
+def test_both_architectures_kernels_agree() -> None:
+    """On Hopper: wgmma beside mma.sync, which other devices run in any case."""
+    ffn, rows = Ffn(700, 1024, 2816, torch.bfloat16, "cuda"), list(range(0, 700, 2))
+    before = torch.ops.redknot._cuda_arch("")
+    try:
+        outs = []
+        for arch in ("sm_80", "sm_90a"):
+            torch.ops.redknot._cuda_arch(arch)
+            outs.append(ffn.run(rows))
+    finally:
+        torch.ops.redknot._cuda_arch(before)
+    exact = ffn.exact(torch.float64)
+    for out in outs:
+        assert_close(out[rows], exact[rows], ffn.exact(torch.bfloat16)[rows])
+
+
 @pytest.mark.parametrize(("hidden", "ffn_dim"), [(8, 8), (200, 312), (4096, 520), (520, 4096)])
 def test_odd_shapes(hidden: int, ffn_dim: int) -> None:
     for count in (3, 40, 300):

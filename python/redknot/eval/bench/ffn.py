@@ -1,13 +1,16 @@
 """The FFN of selected tokens (`gathered_ffn`) of one layer: kept fractions of a prompt, few rows.
 
 Peers: the F.linear chain on the same rows (gather, norm, three projections, scatter-add), and the
-same chain on all tokens, the dense FFN: cuBLAS on a GPU. On Hopper also the kernels of sm_80.
+same chain on all tokens, the dense FFN: cuBLAS on a GPU; on Hopper also the kernels of sm_80. Beside
+it a projection of few rows (`gathered_linear`, of the size of the output projection), whose peer is
+F.linear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +83,38 @@ def run(options: Options, roofs: Roofs) -> list[Row]:
                 rows.append(
                     _measure(name, shape, layers, num_tokens, num_rows, kept, options, roofs)
                 )
+        few = _QUICK_ROWS[options.device] if options.quick else _FEW_ROWS
+        rows += _measure_projections(name, shape, few, options, roofs)
+    return rows
+
+
+def _measure_projections(
+    name: str, shape: ModelShape, few: tuple[int, ...], options: Options, roofs: Roofs
+) -> list[Row]:
+    """A square projection, of so many weights in turn that none is still in the cache."""
+    size, dtype = shape.hidden_dim, options.torch_dtype
+    copies = max(2, -(-options.rotation_bytes // (size * size * dtype.itemsize)))
+    empty = torch.empty(copies, size, size, dtype=dtype, device=options.device)
+    weights = fill_random(empty, scale=size**-0.5).unbind(0)
+    rows = []
+    for num_rows in few:
+        x = fill_random(torch.empty(num_rows, size, dtype=dtype, device=options.device))
+        ours, theirs = ops.gathered_linear(x, weights[0]), F.linear(x, weights[0])
+        _compare("gathered_linear and F.linear", ours, theirs)
+        peer = rotating(partial(F.linear, x), weights)
+        rows.append(
+            measure_row(
+                options,
+                roofs,
+                rotating(partial(ops.gathered_linear, x), weights),
+                {"F.linear": peer} if options.wants("linear") else {},
+                kind="linear",
+                shape=f"{name} {num_rows} rows",
+                flops=2.0 * num_rows * size * size,
+                num_bytes=dtype.itemsize * size * (size + 2.0 * num_rows),
+                details={"model": name, "rows": num_rows},
+            )
+        )
     return rows
 
 
@@ -135,7 +170,11 @@ def _check(layer: _Layer, residual: Tensor, indices: Tensor, count: Tensor, chos
     ours, theirs = residual.clone(), residual.clone()
     layer.gathered(ours, indices, count)
     layer.chain(theirs, chosen)
-    our_part, their_part = ((x - residual)[chosen].float().flatten() for x in (ours, theirs))
-    cosine = float(F.cosine_similarity(our_part, their_part, dim=0))
+    our_part, their_part = ((x - residual)[chosen] for x in (ours, theirs))
+    _compare("gathered_ffn and the F.linear chain", our_part, their_part)
+
+
+def _compare(what: str, ours: Tensor, theirs: Tensor) -> None:
+    cosine = float(F.cosine_similarity(ours.float().flatten(), theirs.float().flatten(), dim=0))
     if not cosine > _MIN_COSINE:
-        raise RuntimeError(f"gathered_ffn and the F.linear chain differ (cosine {cosine:.5f})")
+        raise RuntimeError(f"{what} differ (cosine {cosine:.5f})")
