@@ -35,15 +35,10 @@ struct RowSink {
         reinterpret_cast<Access*>(static_cast<T*>(gemm.out) + out_row * gemm.out_stride + column);
     Access stored;
     if constexpr (kResult == Result::kScatterAdd) stored = *to;
-    bool adds = kResult == Result::kScatterAdd;
-    if constexpr (kResult == Result::kStore) {
-      adds = gemm.bias != nullptr;
-      if (adds)
-        stored = *reinterpret_cast<const Access*>(static_cast<const T*>(gemm.bias) + column);
-    }
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      stored.element[i] = from_float<T>(adds ? to_float(stored.element[i]) + values[i] : values[i]);
+      const float before = kResult == Result::kScatterAdd ? to_float(stored.element[i]) : 0.0f;
+      stored.element[i] = from_float<T>(before + values[i]);
     }
     *to = stored;
   }
@@ -111,6 +106,25 @@ __device__ void write_tile(float (&sums)[kRowTiles][kHeldTiles][4],
           sink(row, first_column + n * 8 + member * 2, values);
         }
       }
+    }
+  }
+}
+
+// The bias of a warp's columns, the first of which is given.
+template <typename T, int kRowTiles, int kColumnTiles>
+__device__ void add_bias(const RowGemm& gemm,
+                         int32_t first_column,
+                         float (&sums)[kRowTiles][kColumnTiles][4]) {
+  const T* bias = static_cast<const T*>(gemm.bias);
+#pragma unroll
+  for (int n = 0; n < kColumnTiles; ++n) {
+    const int32_t column = first_column + n * 8 + static_cast<int32_t>(threadIdx.x) % 4 * 2;
+    if (column >= gemm.columns) continue;
+    const auto pair = *reinterpret_cast<const Vector<T, 2>*>(bias + column);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[m][n][i] += to_float(pair.element[i % 2]);
     }
   }
 }

@@ -88,6 +88,7 @@ __device__ void finish_tile(const RowGemm& gemm,
     activate(sums, gemm.activation);
     write_tile<kRowTiles, kColumnTiles / 2>(sums, row, column_of_b / 2, sink);
   } else {
+    if (kResult == Result::kStore && gemm.bias != nullptr) add_bias<T>(gemm, column_of_b, sums);
     write_tile<kRowTiles, kColumnTiles>(sums, row, column_of_b, sink);
   }
 }
