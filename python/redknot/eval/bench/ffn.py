@@ -1,9 +1,9 @@
 """The FFN of selected tokens (`gathered_ffn`) of one layer: kept fractions of a prompt, few rows.
 
 Peers: the F.linear chain on the same rows (gather, norm, three projections, scatter-add), and the
-same chain on all tokens, the dense FFN: cuBLAS on a GPU; on Hopper also the kernels of sm_80. Beside
-it a projection of few rows (`gathered_linear`, of the size of the output projection), whose peer is
-F.linear.
+same chain on all tokens, the dense FFN: cuBLAS on a GPU; on Hopper also the kernels of sm_80.
+Beside it a projection of few rows (`gathered_linear`, of the size of the output projection), whose
+peer is F.linear.
 """
 
 from __future__ import annotations
