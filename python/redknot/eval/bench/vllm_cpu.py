@@ -92,11 +92,14 @@ def _peer(name: str, case: Case, inputs: list[Paged], isa: str, window: int) -> 
         cache = in_huge_pages(size, paged.q.dtype).zero_()
         key_cache, value_cache = cache.chunk(2, dim=2)
         table = torch.zeros(len(case.lengths), longest, dtype=torch.int32)
+        scattered = torch.randperm(total, dtype=torch.int32)  # as our pages are
         first = 0
         for sequence, (length, blocks) in enumerate(zip(case.lengths, per_seq, strict=True)):
-            table[sequence, :blocks] = torch.arange(first, first + blocks)
+            own = scattered[first : first + blocks]
+            table[sequence, :blocks] = own
             k, v = _keys(paged, sequence, length, exact)
-            slots = torch.arange(length) + first * _BLOCK_SIZE
+            positions = torch.arange(length)
+            slots = own[positions // _BLOCK_SIZE].long() * _BLOCK_SIZE + positions % _BLOCK_SIZE
             torch.ops._C.cpu_attn_reshape_and_cache(k, v, key_cache, value_cache, slots, isa)
             first += blocks
         calls.append(
