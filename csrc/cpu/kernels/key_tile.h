@@ -118,8 +118,7 @@ static inline void fetch_ahead(const char* p) {
 
 // Asks for `rows`, a share of them at each of `steps` steps: spread evenly over arithmetic, so that
 // neither waits for the other. Of `later`, whose turn is next, only the first line of every memory
-// page, for the processor's own prefetcher to start there: 1/7 more bandwidth on the machine of
-// benchmarks/results.
+// page, for the processor's own prefetcher to start there.
 class FetchAhead {
  public:
   FetchAhead(TileRows rows, TileRows later, int64_t row_bytes, int64_t steps)
