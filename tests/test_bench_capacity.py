@@ -28,11 +28,14 @@ def test_sessions_whose_pages_alone_are_taken_are_counted_like_computed_ones(poo
         assert (ours["computed"], whole["computed"]) == (int(number == 0), whole["sessions"])
         same = ("sessions", "sessions_monolithic", "ratio", "pages", "shared_documents")
         assert [ours[name] for name in same] == [whole[name] for name in same]
+    few_rows = replayed.pop().figures
     by_sharing = {row.figures["shared_documents"]: row.figures for row in replayed}
     assert by_sharing["none"]["sessions_monolithic"] == 16
     assert 3 < by_sharing["none"]["ratio"] < by_sharing["none"]["ratio_formula"]
     assert by_sharing["any_order"]["ratio"] > by_sharing["none"]["ratio"]
     assert by_sharing["same_order"]["ratio"] > 2 * by_sharing["any_order"]["ratio"]
+    assert (few_rows["policy"], few_rows["shared_documents"]) == ("epic", "any_order")
+    assert few_rows["ratio"] > 3  # 1 if documents were copied whole
 
 
 def test_a_whole_decode_step_counts_weights_and_pages(monkeypatch):

@@ -29,7 +29,7 @@ from redknot.eval.bench.options import Options
 from redknot.eval.bench.roofs import Roofs
 from redknot.eval.bench.rows import Row
 from redknot.heads import HeadMap
-from redknot.recovery import Dense, Policy, RedKnot
+from redknot.recovery import Dense, Epic, Policy, RedKnot
 
 __all__ = ["CapacityRow", "run"]
 
@@ -50,6 +50,14 @@ _SLICES = {
     "Llama-3.3-70B": ((0, 0, 0, 4), 8192),
 }
 _SINK = 4
+# Whose documents sessions share, and what is recovered: all rows of the global heads, or the first
+# rows of each document, of all heads, which keep everything.
+_WAYS: tuple[tuple[str, Policy], ...] = (
+    ("none", RedKnot()),
+    ("same_order", RedKnot()),
+    ("any_order", RedKnot()),
+    ("any_order", Epic()),
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class _Pool:
         self._monolithic: _Filled | None = None
 
     def rows(self, window: int, computed: int = 1) -> list[CapacityRow]:
-        """Monolithic sessions, then the three ways to share documents.
+        """Monolithic sessions, then the ways to share documents, the last one with few rows anew.
 
         So many sessions of the first way, and of the pool's first window, are recovered by
         computing; with more than one, of every way and window.
@@ -137,7 +145,7 @@ class _Pool:
                 engine, lambda: self._documents(engine), Dense(), computed=0, share=False
             )
         rows: list[CapacityRow] = []
-        for shared in ("none", "same_order", "any_order"):
+        for shared, policy in _WAYS:
             engine.clear()
             replay = _Replay(engine)
             replay.skips = not computed
@@ -150,9 +158,9 @@ class _Pool:
                 return docs if shared == "same_order" else self.rng.permutation(docs).tolist()
 
             filled = self._fill(
-                engine, order, RedKnot(), computed=computed, share=shared == "same_order"
+                engine, order, policy, computed=computed, share=shared == "same_order"
             )
-            rows.append(self._row(heads, window, shared, filled, self._monolithic))
+            rows.append(self._row(heads, window, shared, policy, filled, self._monolithic))
             computed = computed if computed > 1 else 0
         return rows
 
@@ -215,7 +223,13 @@ class _Pool:
                 engine.pool.allocator.release_session(one.session)
 
     def _row(
-        self, heads: HeadMap, window: int, shared: str, filled: _Filled, monolithic: _Filled
+        self,
+        heads: HeadMap,
+        window: int,
+        shared: str,
+        policy: Policy,
+        filled: _Filled,
+        monolithic: _Filled,
     ) -> CapacityRow:
         fraction = heads.global_fraction
         kept = min(1.0, (window + _SINK) / (self.context + _ANSWER_TOKENS))
@@ -224,13 +238,15 @@ class _Pool:
             "any_order": 1 / fraction,
             "same_order": None,
         }[shared]
+        if not isinstance(policy, RedKnot):
+            ceiling = None
         ratio = filled.sessions / monolithic.sessions
         beside = "" if ceiling is None else f", formula {ceiling:.1f}x"
         return CapacityRow(
             kind="capacity",
             heads="mixed",
-            shape=f"{self.name} {self.context} window {window} {shared}: {filled.sessions} "
-            f"sessions, {ratio:.1f}x{beside}",
+            shape=f"{self.name} {self.context} window {window} {shared}, {policy.name}: "
+            f"{filled.sessions} sessions, {ratio:.1f}x{beside}",
             time_ms=1e3 * filled.seconds_per_step,
             spread_ms=0.0,
             figures={
@@ -240,6 +256,7 @@ class _Pool:
                 "sink": _SINK,
                 "global_fraction": fraction,
                 "shared_documents": shared,
+                "policy": policy.name,
                 "sessions": filled.sessions,
                 "sessions_monolithic": monolithic.sessions,
                 "ratio": ratio,
