@@ -26,7 +26,7 @@ PagePool interleaved_pool() {
 
 TEST(write_rows_go_to_their_slots) {
   // Two tokens of three heads, views of a fused projection: token stride beyond the heads.
-  const std::vector<int64_t> slots = {7, -1, 0, 19, 4, -5};
+  const std::vector<int64_t> slots = {7, -1, 0, 19, 4, -1};
   const WriteRows rows{{.pool = interleaved_pool(),
                         .slots = slots.data(),
                         .num_tokens = 2,

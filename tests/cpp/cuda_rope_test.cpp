@@ -79,6 +79,8 @@ TEST(every_valid_slot_of_a_page_turns_once) {
   const std::vector<PageRef> pages = {{2, 0, 16, 7}, {0, 16, 5, -2}, {1, 32, 16, 0}, {3, 48, 1, 9}};
   const PageKeys keys{{.page_refs = pages.data(),
                        .num_refs = static_cast<int64_t>(pages.size()),
+                       .num_pages = 4,
+                       .page_size = 16,
                        .k_page_stride = 4096,
                        .k_slot_stride = 64}};
   const auto turns = all_turns(keys);
