@@ -38,8 +38,7 @@ int64_t dots(int64_t num_rounds) {
 }
 
 #if defined(REDKNOT_ISA_AMX)
-// 2 x 2 tiles of results, as the kernels hold them. The factors are numbers such as kernels see: on
-// zeros the tile unit draws less power, and the core clocks higher than under any kernel.
+// 2 x 2 tiles of results, as the kernels hold them, of numbers such as kernels see.
 int64_t tile_products(int64_t num_rounds) {
   constexpr int64_t kFlopsPerTile = 2 * 16 * 16 * 32;
   constexpr int kNumFactors = 4 * kTileBytes / 2;
