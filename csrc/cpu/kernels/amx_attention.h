@@ -4,7 +4,7 @@
 // softmax between them in AVX-512. Query rows lie on the lanes, in panels of two vectors, so that
 // the softmax needs no reduction across lanes and its weights leave it in the layout of a B tile.
 //
-// A tile of keys is staged once for all panels of the item: keys are copied into A tiles, values
+// A list of keys is staged once for all panels of the item: keys are copied into A tiles, values
 // transposed into them. What is staged, queries and sums live in L2; what a panel works on lives in
 // L1: its queries, its sums, the weights of 256 keys and two small buffers of scores, since a tile
 // is stored at full speed only to lines that are there. Keys and values pass L1 by.
@@ -209,7 +209,8 @@ class AmxAttention {
       int end = keys.count;
       while (keys.positions[end - 1] > last) --end;
       while (behind_window(keys.positions[begin], first)) ++begin;
-      steps_[num_steps++] = {static_cast<int32_t>(p), begin, end};
+      // Keys with a gap may all lie behind the panel's window or after it.
+      if (begin < end) steps_[num_steps++] = {static_cast<int32_t>(p), begin, end};
     }
     return num_steps;
   }
