@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from redknot.errors import HeadMapError
 from redknot.heads import HeadMap
 from redknot.heads.head_map_checks import CLASS_OF_NAME
+from redknot.recovery import LiveSpan, RandomRows
+from redknot.recovery.plan import Placement, PromptLayout
 
 TINY = {
     "model": "tiny",
@@ -254,6 +256,29 @@ def test_slices_for_tensor_parallel():
         heads.slice([7])
     with pytest.raises(HeadMapError, match="at least one KV head"):
         heads.slice([])
+
+
+def test_ranks_plan_the_same_rows_in_the_same_layers():
+    """A rank's own first and last global layer may be others: each plans by the whole map."""
+    classes = [["local"] * 4 for _ in range(5)]
+    classes[1][0] = classes[1][1] = classes[3][3] = "global"
+    kl = [[0.0] * 4, [4.0, 1.0, 0.0, 0.0], [0.0] * 4, [0.0, 0.0, 0.0, 3.0], [0.0] * 4]
+    heads = HeadMap(classes, window=8, sink=2, metadata={"kv_head_kl": kl})
+    halves = [heads.slice_heads(rank, 2) for rank in range(2)]
+    quarters = [half.slice_heads(rank, 2) for half in halves for rank in range(2)]
+    assert quarters == [heads.slice_heads(rank, 4) for rank in range(4)]
+    layout = PromptLayout(1, (Placement(1, 41, 0, True), Placement(41, 81, 40, False)), 81, 90)
+    for policy in (LiveSpan(), LiveSpan(first_layer=3), RandomRows()):
+        plan = policy.plan(layout, heads)
+        for own in halves + quarters:
+            assert policy.entry_layer(own) == policy.entry_layer(heads)
+            for mine, whole in zip(policy.plan(layout, own).layers, plan.layers, strict=True):
+                assert (mine.pick is None) == (whole.pick is None)
+                for rows in ("live", "fresh", "fresh_local"):
+                    assert np.array_equal(getattr(mine, rows), getattr(whole, rows))
+    # Of the two global heads of layer 1 the weak one picks no rows, whoever holds it.
+    picks = [LiveSpan().plan(layout, own).layers[1].pick for own in quarters]
+    assert [pick.heads for pick in picks] == [None, (), None, None]
 
 
 # --- counting --------------------------------------------------------------------------------

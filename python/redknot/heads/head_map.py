@@ -87,6 +87,7 @@ class HeadMap:
         self._is_global = frozen(is_global)
         self._windows = frozen(np.where(is_global, np.int32(GLOBAL_WINDOW), self._class_windows))
         self._sinks = frozen(np.where(is_global, np.int32(0), self._class_sinks))
+        self._whole: HeadMap | None = None
 
     # --- making one -------------------------------------------------------------------------
 
@@ -201,6 +202,11 @@ class HeadMap:
     def num_kv_heads(self) -> int:
         """KV heads per layer (of this rank, after `slice_heads`)."""
         return len(self._classes[0])
+
+    @property
+    def whole(self) -> HeadMap:
+        """The map that this one is a slice of, else itself: what all ranks must decide alike."""
+        return self if self._whole is None else self._whole
 
     @property
     def classes(self) -> tuple[tuple[str, ...], ...]:
@@ -325,7 +331,10 @@ class HeadMap:
     # --- tensor parallel --------------------------------------------------------------------
 
     def slice(self, heads: slice | Sequence[int] | NDArray) -> HeadMap:
-        """Return the map of some KV heads: a slice or indices, the same in all layers."""
+        """Return the map of some KV heads: a slice or indices, the same in all layers.
+
+        It remembers the `whole`; a file of it does not.
+        """
         if isinstance(heads, slice):
             heads = range(*heads.indices(self.num_kv_heads))
         index = np.asarray(heads, dtype=np.int64)
@@ -337,7 +346,7 @@ class HeadMap:
         metadata = self.metadata
         if self.sensitivity is not None:
             metadata["kv_head_kl"] = [[row[h] for h in index] for row in metadata["kv_head_kl"]]
-        return HeadMap(
+        part = HeadMap(
             [[row[head] for head in index] for row in self._names],
             window=self._class_windows[:, index],
             sink=self._class_sinks[:, index],
@@ -345,6 +354,8 @@ class HeadMap:
             dense_prefix_layers=self._dense_prefix_layers,
             metadata=metadata,
         )
+        part._whole = self.whole
+        return part
 
     def slice_heads(self, rank: int, world_size: int) -> HeadMap:
         """Return the map of one tensor-parallel rank: an equal, contiguous share of the heads.
@@ -416,6 +427,7 @@ class HeadMap:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, HeadMap):
             return NotImplemented
-        return self.to_json() == other.to_json()
+        own, others = (self, self.whole), (other, other.whole)
+        return all(a.to_json() == b.to_json() for a, b in zip(own, others, strict=True))
 
     __hash__ = None  # type: ignore[assignment]

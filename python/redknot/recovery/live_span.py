@@ -117,7 +117,7 @@ class LiveSpan(Policy):
         elif droppable > 0 and begin is not None:
             pick = Pick(keep, rows.edge, self.signal, probed_heads(heads, begin))
             early = min(math.ceil(self.early_fraction * len(rows.span)), droppable)
-            if early and span_entry_layer(heads, begin) and heads.is_global[0].any():
+            if early and span_entry_layer(heads, begin) and heads.whole.is_global[0].any():
                 early_pick = Pick(early, rows.edge, self.signal, probed_heads(heads, 0))
         forced = np.concatenate([rows.edge, layout.query_positions])
 
@@ -152,5 +152,5 @@ class LiveSpan(Policy):
             which += f"; {early_pick.keep} more by those of layer 0"
         return (
             f"the first {self.edge_rows} of the document; {which}; none behind layer "
-            f"{heads.last_global_layer}, the last with a global head"
+            f"{heads.whole.last_global_layer}, the last with a global head"
         )

@@ -54,5 +54,6 @@ class RandomRows(Policy):
         return RecoveryPlan(
             span_plan(heads, span_begin(heads), rows),
             reason=f"the first {self.edge_rows} of the document; {keep} rows of the prompt drawn "
-            f"by chance; none behind layer {heads.last_global_layer}, the last with a global head",
+            f"by chance; none behind layer {heads.whole.last_global_layer}, the last with a "
+            "global head",
         )

@@ -57,10 +57,10 @@ def span_begin(heads: HeadMap, chosen: int | None = None) -> int | None:
     better than random ones.
     """
     if chosen is not None:
-        if not 0 <= chosen < heads.num_layers or not heads.is_global[chosen].any():
+        if not 0 <= chosen < heads.num_layers or not heads.whole.is_global[chosen].any():
             raise InputError(f"LiveSpan: first_layer {chosen} is not a layer with a global head")
         return chosen
-    matters = _heads_that_matter(heads)
+    matters = _heads_that_matter(heads.whole)
     return int(matters.any(1).argmax()) if matters.any() else None
 
 
@@ -70,7 +70,7 @@ def span_entry_layer(heads: HeadMap, begin: int | None) -> int | None:
     What a global head brings into a clean row shows in the K and V of later global heads alone, so
     with one such layer, or none, no row enters.
     """
-    return begin if begin and begin != heads.last_global_layer else None
+    return begin if begin and begin != heads.whole.last_global_layer else None
 
 
 def probed_heads(heads: HeadMap, layer: int) -> tuple[int, ...] | None:
@@ -78,10 +78,14 @@ def probed_heads(heads: HeadMap, layer: int) -> tuple[int, ...] | None:
 
     Those with half of the layer's largest sensitivity: others hardly find rows that these do not.
     """
-    sensitivity, among = heads.sensitivity, heads.is_global[layer]
-    if sensitivity is None or not np.isfinite(sensitivity[layer][among]).all():
+    own, of_all_ranks = heads.sensitivity, heads.whole.sensitivity
+    if own is None or of_all_ranks is None:
         return None
-    strong = among & (sensitivity[layer] >= _PICKS * sensitivity[layer][among].max())
+    of_all_ranks = of_all_ranks[layer][heads.whole.is_global[layer]]
+    if not np.isfinite(of_all_ranks).all():
+        return None
+    among = heads.is_global[layer]
+    strong = among & (own[layer] >= _PICKS * of_all_ranks.max())
     return None if np.array_equal(strong, among) else tuple(np.flatnonzero(strong).tolist())
 
 
@@ -126,7 +130,7 @@ def span_plan(
     ffn : callable
         The FFN's rule of a layer.
     """
-    first, last = begin, heads.last_global_layer
+    first, last = begin, heads.whole.last_global_layer
     if first is None or last is None:
         return (LayerPlan(rows.boundary, rows.boundary, rows.boundary),) * heads.num_layers
     assert early_pick is None or (pick is not None and first)
