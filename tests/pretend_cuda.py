@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from redknot import ops
+
 DEVICE = torch.device("cuda:0")
 FREE_BYTES = 64 << 20  # of its memory
 
@@ -146,6 +148,7 @@ def pretend_cuda() -> Iterator[None]:
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (FREE_BYTES, 2 * FREE_BYTES))
         patch.setattr(torch, "Generator", _Generator)
+        patch.setattr(ops, "has_cuda_kernels", lambda: True)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor makes them on the CPU, then moves
         try:
             yield

@@ -11,9 +11,12 @@ import pytest
 import torch
 from pretend_cuda import pretend_cuda
 
+from redknot import ops
+
 
 def pytest_configure() -> None:
     torch.cuda.is_available = lambda: True
+    ops.has_cuda_kernels = lambda: True
     torch.cuda.manual_seed_all = lambda seed: None
 
 

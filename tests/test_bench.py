@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from redknot import ops
 from redknot.cli.main import main
 from redknot.errors import InputError
 from redknot.eval.bench import BENCHES, attention, attention_peers, bench_module, options, ttft
@@ -224,6 +225,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(FakeEvent, "log", [])
     log = FakeEvent.log
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ops, "has_cuda_kernels", lambda: True)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))

@@ -210,6 +210,13 @@ def test_what_has_no_kernel_is_refused_by_name(to_gpu: Any) -> None:
         Engine(to_gpu(tiny_model("llama", 4, 2)), kv_budget="32MiB")
 
 
+def test_a_build_without_cuda_says_so() -> None:
+    with pretend_cuda(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "has_cuda_kernels", lambda: False)
+        with pytest.raises(ModelError, match=r"on cuda:0, but redknot was built without CUDA"):
+            Engine(move(half_model()), kv_budget="32MiB")
+
+
 @needs_gpu[0]
 @needs_gpu[1]
 @needs_gpu[2]

@@ -8,16 +8,10 @@ from torch import Tensor
 
 from redknot import ops
 
-
-def has_cuda_kernels() -> bool:
-    name = "redknot::write_pages"
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
-
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
-    pytest.mark.skipif(not has_cuda_kernels(), reason="_ops.so was built without CUDA"),
+    pytest.mark.skipif(not ops.has_cuda_kernels(), reason="redknot was built without CUDA"),
 ]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -143,7 +143,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 
 
 def test_a_missing_library_names_the_build_command(tmp_path: Path) -> None:
-    shutil.copy(Path(ops.__file__), tmp_path / "unbuilt.py")
+    shutil.copy(Path(ops.__file__).with_name("library.py"), tmp_path / "unbuilt.py")
     run = subprocess.run(
         [sys.executable, "-c", "import unbuilt"], cwd=tmp_path, capture_output=True, text=True
     )

@@ -118,7 +118,11 @@ void Arguments::matches(const char* name,
         ", got ",
         describe(tensor));
   if (cuda_device_ == kNoCudaDevice) {
-    check(tensor.is_cpu(), name, " must be on the CPU: this build has no CUDA kernel for this op");
+#if defined(REDKNOT_WITH_CUDA)
+    check(tensor.is_cpu(), name, " must be on the CPU like the other arguments");
+#else
+    check(tensor.is_cpu(), name, " must be on the CPU: redknot was built without CUDA");
+#endif
   } else {
     check(tensor.is_cuda() && tensor.get_device() == cuda_device_,
           name,

@@ -1,4 +1,4 @@
-// Every schema of torch.ops.redknot, on one page. Arguments are explained in redknot/ops.py; the
+// Every schema of torch.ops.redknot, on one page. Arguments are explained in redknot/ops; the
 // implementations register themselves in *_op.cpp (CPU) and cuda/*_op.cpp.
 #include <torch/csrc/stable/library.h>
 

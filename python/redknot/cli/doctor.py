@@ -150,7 +150,13 @@ def _cuda() -> list[Finding]:
     if not torch.cuda.is_available():
         return [Finding("cuda", "absent", f"torch for CUDA {built}, no device found", "")]
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return [Finding("cuda", "ok", f"torch for CUDA {built}; {', '.join(names)}")]
+    value = f"torch for CUDA {built}; {', '.join(names)}"
+    from redknot.ops import has_cuda_kernels
+
+    if not has_cuda_kernels():
+        advice = "to use the GPU, install redknot again where nvcc is on PATH"
+        return [Finding("cuda", "absent", f"{value}; redknot was built without CUDA", advice)]
+    return [Finding("cuda", "ok", value)]
 
 
 def _store(url: str) -> Finding:

@@ -63,6 +63,11 @@ class Decoder:
                 f"the model is on {self.device}, but attention runs on the CPU and on CUDA; "
                 "call model.to('cpu') or model.to('cuda') first"
             )
+        if self.device.type == "cuda" and not ops.has_cuda_kernels():
+            raise ModelError(
+                f"the model is on {self.device}, but redknot was built without CUDA; install it "
+                "again where nvcc is on PATH, or call model.to('cpu') first"
+            )
         if self.device.type == "cuda" and self.dtype == torch.float32:
             raise ModelError(
                 "attention on CUDA computes in bfloat16 and float16, but the model is in float32; "

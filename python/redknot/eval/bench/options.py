@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from redknot import ops  # noqa: F401  (loads torch.ops.redknot)
+from redknot import ops
 from redknot.errors import InputError
 from redknot.eval.bench.shapes import SHAPES
 from redknot.recovery import ModelShape
@@ -171,6 +171,8 @@ class Options:
                     raise InputError(f"{what} must be at least {least}, got {number}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: torch sees no CUDA device")
+        if self.device == "cuda" and not ops.has_cuda_kernels():
+            raise InputError("--device cuda: redknot was built without CUDA; see redknot doctor")
         if self.vllm_cpu is not None and not self.vllm_cpu.is_file():
             raise InputError(f"--vllm-cpu must be vLLM's _C_*.abi3.so, got {str(self.vllm_cpu)!r}")
 
