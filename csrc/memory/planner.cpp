@@ -40,7 +40,12 @@ struct Items {
   int32_t partial_rows = 0;
 };
 
-void add_tile(const PlanInput& input, int64_t row, int32_t q_begin, int32_t q_end, Items* out) {
+void add_tile(const PlanInput& input,
+              int64_t row,
+              int32_t q_begin,
+              int32_t q_end,
+              int64_t num_tiles,
+              Items* out) {
   const int32_t ref_begin = input.row_indptr[row];
   const int32_t ref_end = input.row_indptr[row + 1];
   const int64_t num_refs = ref_end - ref_begin;
@@ -50,8 +55,7 @@ void add_tile(const PlanInput& input, int64_t row, int32_t q_begin, int32_t q_en
                                              input.q_positions[q_end - 1],
                                              input.row_window[row],
                                              input.row_sink[row]));
-  const int64_t per_split = refs_per_split(query_rows, input.page_size);
-  const int64_t splits = std::max<int64_t>(1, (num_refs + per_split - 1) / per_split);
+  const int64_t splits = splits_of(query_rows, num_refs, input.page_size, num_tiles);
   for (int64_t split = 0; split < splits; ++split) {
     // Equal shares, so that no split is left with a single page.
     const auto begin = static_cast<int32_t>(ref_begin + num_refs * split / splits);
@@ -78,13 +82,16 @@ Items make_items(const PlanInput& input) {
   for (int64_t row = 0; row < input.num_seqs * input.num_kv_heads; ++row) {
     const int64_t seq = row / input.num_kv_heads;
     const int64_t q_end = input.cu_seqlens_q[seq + 1];
-    const int64_t step = tile_tokens(
-        q_end - input.cu_seqlens_q[seq], input.num_q_heads, input.num_q_heads / input.num_kv_heads);
+    const int64_t num_tokens = q_end - input.cu_seqlens_q[seq];
+    const int64_t step =
+        tile_tokens(num_tokens, input.num_q_heads, input.num_q_heads / input.num_kv_heads);
+    const int64_t num_tiles = (num_tokens + step - 1) / step * input.num_kv_heads;
     for (int64_t q = input.cu_seqlens_q[seq]; q < q_end; q += step) {
       add_tile(input,
                row,
                static_cast<int32_t>(q),
                static_cast<int32_t>(std::min(q + step, q_end)),
+               num_tiles,
                &out);
     }
   }

@@ -69,8 +69,10 @@ constexpr int64_t kTilesPerSequence = 32;
 // dimensions in bf16, some ten microseconds; a partial result is 1/250 of it.
 constexpr int64_t kDecodeSplitKeys = 1024;
 // Keys per split of a tile bound by arithmetic: 1 ms of work. Splitting only serves the tail of a
-// schedule there.
+// schedule there, and writes every sum to memory: a sequence whose tiles are so many that threads
+// share them evenly is not split.
 constexpr int64_t kPrefillSplitKeys = 16384;
+constexpr int64_t kItemsPerSequence = 256;
 // Below this many rows a tile is bound by reading pages.
 constexpr int64_t kDecodeRows = 16;
 
@@ -93,6 +95,17 @@ constexpr int64_t max_tile_tokens(int64_t group_size) {
 constexpr int64_t refs_per_split(int64_t num_query_rows, int64_t page_size) {
   const int64_t keys = num_query_rows < kDecodeRows ? kDecodeSplitKeys : kPrefillSplitKeys;
   return keys <= page_size ? 1 : keys / page_size;
+}
+
+// Splits of a tile over `num_refs` references; its sequence has `num_tiles`, all heads together.
+constexpr int64_t splits_of(int64_t num_query_rows,
+                            int64_t num_refs,
+                            int64_t page_size,
+                            int64_t num_tiles) {
+  const int64_t per_split = refs_per_split(num_query_rows, page_size);
+  int64_t splits = (num_refs + per_split - 1) / per_split;
+  if (num_query_rows >= kDecodeRows) splits = std::min(splits, kItemsPerSequence / num_tiles);
+  return std::max<int64_t>(1, splits);
 }
 
 // --- the plan

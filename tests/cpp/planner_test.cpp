@@ -218,6 +218,23 @@ TEST(short_rows_are_not_split) {
   CHECK_EQ(plan_workspace_floats(plan.data(), 128), 0);
 }
 
+TEST(long_rows_of_many_tiles_are_not_split) {
+  const auto most_splits = [](int32_t num_queries) {
+    Rows rows = {.num_kv_heads = 2,
+                 .num_q_heads = 8,
+                 .page_size = 64,
+                 .refs_per_row = {600, 600},
+                 .queries_per_seq = {num_queries}};
+    const std::vector<int32_t> plan = make_plan(rows.input(), 4);
+    int32_t most = 0;
+    for (const WorkItem& item : items_of(plan)) most = std::max(most, item.num_splits);
+    CHECK_EQ(plan_workspace_floats(plan.data(), 128) > 0, most > 1);
+    return most;
+  };
+  CHECK_EQ(most_splits(512), 3);    // 38,400 keys in shares of at most 16,384
+  CHECK_EQ(most_splits(16384), 1);  // 256 tiles
+}
+
 TEST(work_is_balanced) {
   Rows rows = {.num_kv_heads = 8,
                .num_q_heads = 32,
