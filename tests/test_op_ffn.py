@@ -114,10 +114,12 @@ def test_weights_may_be_views() -> None:
     assert torch.equal(ffn.run([1, 2], packed=False), want)
 
 
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("rows", [1024, 1025, 2500])
-def test_more_rows_than_one_pass_takes(rows: int) -> None:
+def test_more_rows_than_one_pass_takes(rows: int, packed: bool) -> None:
     ffn = Ffn(rows, 16, 24, torch.float32)
-    torch.testing.assert_close(ffn.run(list(range(rows))), ffn.exact(torch.float64).float())
+    out = ffn.run(list(range(rows)), packed)
+    torch.testing.assert_close(out, ffn.exact(torch.float64).float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,6 +8,7 @@
 #include "arguments.h"
 #include "redknot/attention.h"
 #include "redknot/planner.h"
+#include "result.h"
 
 // From the arguments of seg_paged_attention and seg_paged_plan to the structs of their kernels, on
 // whichever device `args` allows: shapes, dtypes, strides and devices are checked; values of index
@@ -72,7 +73,7 @@ struct AttentionOps {
                                               bool return_lse) {
     const Arguments args("seg_paged_attention", q);
     args.floating("q", q, {"num_tokens", "num_q_heads", "head_dim"});
-    const Tensor out = torch::stable::new_empty(q, q.sizes());
+    const Tensor out = new_result(q, q.sizes());
     const Tensor lse = return_lse
                            ? torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float)
                            : torch::stable::new_empty(q, {0}, ScalarType::Float);

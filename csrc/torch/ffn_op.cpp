@@ -11,6 +11,7 @@
 #include "ffn_params.h"
 #include "linear_params.h"
 #include "redknot/cpu.h"
+#include "result.h"
 
 namespace redknot::binding {
 namespace {
@@ -75,7 +76,7 @@ RmsNormCall rms_norm_call(const Arguments& args,
                           double eps) {
   const DType dtype = args.floating("x", x, {"num_rows", "hidden_dim"});
   args.floating("weight", weight, {{"hidden_dim", x.size(1)}}, "x", dtype);
-  const Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  const Tensor out = new_result(x, {x.size(0), x.size(1)});
   const GatherNormParams params = {
       .residual = x.data_ptr(),
       .weight = weight.data_ptr(),
@@ -93,7 +94,8 @@ RmsNormCall rms_norm_call(const Arguments& args,
 namespace {
 
 // Rows per pass at most: enough for the GEMMs to run at full speed, few enough that the workspace
-// stays below 3 * ffn_dim + 2 * hidden_dim elements of 1024 rows.
+// stays below 2 * ffn_dim + hidden_dim elements of 1024 rows (3 * ffn_dim when gate and up are
+// one).
 constexpr int64_t kMaxChunkRows = 1024;
 
 // Passes of equal size: a short last one would cost more than its rows. In steps of 16, the rows of
@@ -104,60 +106,80 @@ int64_t rows_per_chunk(int64_t num_rows) {
   return std::max<int64_t>((rows + 15) / 16 * 16, 16);
 }
 
-Tensor rows_like(const Tensor& like, int64_t rows, int64_t columns) {
-  return torch::stable::new_empty(like, {rows, columns});
-}
+// What a pass computes, in memory that all passes of a call share: fresh memory costs a page fault
+// per 4 KiB.
+class FfnPasses {
+ public:
+  FfnPasses(const GatheredFfnParams& call, const FfnTensors& in, int64_t max_rows)
+      : call_(call),
+        in_(in),
+        is_packed_(!in.w_up.has_value()),
+        max_rows_(max_rows),
+        hidden_(rows_of(call.hidden_dim)),
+        gate_(rows_of(in.w_gate_up.size(0))),
+        up_or_out_(rows_of(call.ffn_dim)) {}
 
-// Rows of `call` that indices[0, rows) name.
-void ffn_chunk(const GatheredFfnParams& call,
-               const FfnTensors& in,
-               const int32_t* indices,
-               int64_t rows) {
-  const Executor executor = torch_executor();
-  const Tensor normed = rows_like(in.residual, rows, call.hidden_dim);
-  cpu::gather_norm(
-      {
-          .residual = call.residual,
-          .weight = call.norm_weight,
-          .indices = indices,
-          .out = normed.data_ptr(),
-          .num_rows = rows,
-          .hidden_dim = call.hidden_dim,
-          .residual_stride = call.residual_stride,
-          .eps = call.eps,
-          .dtype = call.dtype,
-      },
-      executor);
-  // With up behind the gate in each row when packed.
-  const Tensor gate = linear_on_cpu(call.dtype, normed, in.w_gate_up);
-  const Tensor up = in.w_up.has_value() ? linear_on_cpu(call.dtype, normed, *in.w_up) : gate;
-  const int64_t up_offset = in.w_up.has_value() ? 0 : call.ffn_dim * size_of(call.dtype);
-  const Tensor activated = rows_like(in.residual, rows, call.ffn_dim);
-  cpu::gated_activation(
-      {
-          .gate = gate.data_ptr(),
-          .up = static_cast<const char*>(up.data_ptr()) + up_offset,
-          .out = activated.data_ptr(),
-          .num_rows = rows,
-          .ffn_dim = call.ffn_dim,
-          .in_stride = gate.stride(0),
-          .activation = call.activation,
-          .dtype = call.dtype,
-      },
-      executor);
-  const Tensor z = linear_on_cpu(call.dtype, activated, in.w_down);
-  cpu::scatter_add(
-      {
-          .z = z.data_ptr(),
-          .residual = call.residual,
-          .indices = indices,
-          .num_rows = rows,
-          .hidden_dim = call.hidden_dim,
-          .residual_stride = call.residual_stride,
-          .dtype = call.dtype,
-      },
-      executor);
-}
+  // Rows of the residual that indices[0, rows) name.
+  void run(const int32_t* indices, int64_t rows) {
+    const Executor executor = torch_executor();
+    const Tensor hidden = torch::stable::narrow(hidden_, 0, 0, rows);
+    const Tensor gate = torch::stable::narrow(gate_, 0, 0, rows);
+    const Tensor up_or_out = torch::stable::narrow(up_or_out_, 0, 0, rows);
+    cpu::gather_norm(
+        {
+            .residual = call_.residual,
+            .weight = call_.norm_weight,
+            .indices = indices,
+            .out = hidden.data_ptr(),
+            .num_rows = rows,
+            .hidden_dim = call_.hidden_dim,
+            .residual_stride = call_.residual_stride,
+            .eps = call_.eps,
+            .dtype = call_.dtype,
+        },
+        executor);
+    linear_on_cpu(call_.dtype, hidden, in_.w_gate_up, gate);
+    if (!is_packed_) linear_on_cpu(call_.dtype, hidden, *in_.w_up, up_or_out);
+    // Up lies behind the gate in each row when packed; else its own rows become the result.
+    const int64_t up_offset = call_.ffn_dim * size_of(call_.dtype);
+    cpu::gated_activation(
+        {
+            .gate = gate.data_ptr(),
+            .up = is_packed_ ? static_cast<const char*>(gate.data_ptr()) + up_offset
+                             : up_or_out.data_ptr(),
+            .out = up_or_out.data_ptr(),
+            .num_rows = rows,
+            .ffn_dim = call_.ffn_dim,
+            .in_stride = gate.stride(0),
+            .activation = call_.activation,
+            .dtype = call_.dtype,
+        },
+        executor);
+    linear_on_cpu(call_.dtype, up_or_out, in_.w_down, hidden);
+    cpu::scatter_add(
+        {
+            .z = hidden.data_ptr(),
+            .residual = call_.residual,
+            .indices = indices,
+            .num_rows = rows,
+            .hidden_dim = call_.hidden_dim,
+            .residual_stride = call_.residual_stride,
+            .dtype = call_.dtype,
+        },
+        executor);
+  }
+
+ private:
+  Tensor rows_of(int64_t columns) const { return new_result(in_.residual, {max_rows_, columns}); }
+
+  const GatheredFfnParams& call_;
+  const FfnTensors& in_;
+  bool is_packed_;
+  int64_t max_rows_;
+  Tensor hidden_;  // the norm's output, then what is added to the residual
+  Tensor gate_;
+  Tensor up_or_out_;
+};
 
 // The count, once it and the indices it spans are known to be rows of the residual.
 int64_t checked_count(const Arguments& args, const GatheredFfnParams& call) {
@@ -196,9 +218,11 @@ void gathered_ffn(const Tensor& residual,
   const FfnTensors in{residual, norm_weight, w_gate_up, w_up, w_down, indices, count};
   const GatheredFfnParams call = gathered_ffn_params(args, in, eps, activation);
   const int64_t num_rows = checked_count(args, call);
+  if (num_rows == 0) return;
   const int64_t chunk_rows = rows_per_chunk(num_rows);
+  FfnPasses passes(call, in, std::min(chunk_rows, num_rows));
   for (int64_t begin = 0; begin < num_rows; begin += chunk_rows) {
-    ffn_chunk(call, in, call.indices + begin, std::min(chunk_rows, num_rows - begin));
+    passes.run(call.indices + begin, std::min(chunk_rows, num_rows - begin));
   }
 }
 

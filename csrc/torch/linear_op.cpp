@@ -1,12 +1,14 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <cstring>
 #include <optional>
 
 #include "executor.h"
 #include "linear_params.h"
 #include "redknot/cpu.h"
+#include "result.h"
 
 namespace redknot::binding {
 
@@ -47,8 +49,20 @@ GatheredLinearParams gathered_linear_params(const Arguments& args,
   return params;
 }
 
-Tensor linear_on_cpu(DType dtype, const Tensor& x, const Tensor& w) {
-  const Tensor out = torch::stable::new_empty(x, {x.size(0), w.size(0)});
+namespace {
+
+// Torch's own product, into memory that is there already.
+void matmul_into(const Tensor& x, const Tensor& w, const Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(torch::stable::transpose(w, 0, 1)),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);  // `out` once more, ours to let go
+}
+
+}  // namespace
+
+void linear_on_cpu(DType dtype, const Tensor& x, const Tensor& w, const Tensor& out) {
   const bool done = cpu::few_row_linear(
       {
           .x = x.data_ptr(),
@@ -62,8 +76,7 @@ Tensor linear_on_cpu(DType dtype, const Tensor& x, const Tensor& w) {
           .dtype = dtype,
       },
       torch_executor());
-  if (done) return out;
-  return torch::stable::matmul(x, torch::stable::transpose(w, 0, 1));
+  if (!done) matmul_into(x, w, out);
 }
 
 namespace {
@@ -92,7 +105,7 @@ int64_t checked_rows(const Arguments& args, const GatheredLinearParams& call) {
 Tensor gathered_rows(const GatheredLinearParams& call, const Tensor& x, int64_t num_rows) {
   const bool is_whole = call.indices == nullptr && call.x_stride == call.in_dim;
   if (is_whole && call.maybe_norm == nullptr) return x;
-  const Tensor rows = torch::stable::new_empty(x, {num_rows, call.in_dim});
+  const Tensor rows = new_result(x, {num_rows, call.in_dim});
   if (call.maybe_norm != nullptr) {
     cpu::gather_norm(
         {
@@ -131,7 +144,9 @@ Tensor gathered_linear(const Tensor& x,
   const GatheredLinearParams call =
       gathered_linear_params(args, {x, weight, bias, norm_weight, indices, count}, eps);
   const int64_t num_rows = checked_rows(args, call);
-  const Tensor out = linear_on_cpu(call.dtype, gathered_rows(call, x, num_rows), weight);
+  Tensor out = new_result(x, {call.max_rows, call.out_dim});
+  const Tensor first = torch::stable::narrow(out, 0, 0, num_rows);
+  linear_on_cpu(call.dtype, gathered_rows(call, x, num_rows), weight, first);
   if (call.maybe_bias != nullptr) {
     cpu::add_bias(
         {
@@ -143,13 +158,11 @@ Tensor gathered_linear(const Tensor& x,
         },
         torch_executor());
   }
-  if (num_rows == call.max_rows) return out;
-  const Tensor padded = torch::stable::new_empty(x, {call.max_rows, call.out_dim});
   const int64_t row_bytes = call.out_dim * size_of(call.dtype);
-  auto* to = static_cast<char*>(padded.data_ptr());
-  std::memcpy(to, out.data_ptr(), num_rows * row_bytes);
-  std::memset(to + num_rows * row_bytes, 0, (call.max_rows - num_rows) * row_bytes);
-  return padded;
+  std::memset(static_cast<char*>(out.data_ptr()) + num_rows * row_bytes,
+              0,
+              (call.max_rows - num_rows) * row_bytes);
+  return out;
 }
 
 void add_ops(torch::stable::detail::StableLibrary& m) {

@@ -21,7 +21,8 @@ GatheredLinearParams gathered_linear_params(const Arguments& args,
                                             const LinearTensors& in,
                                             double eps);
 
-// x [num_rows, in_dim], contiguous, times w [out_dim, in_dim] transposed, as torch.nn.Linear does.
-Tensor linear_on_cpu(DType dtype, const Tensor& x, const Tensor& w);
+// out [num_rows, out_dim] = x [num_rows, in_dim] w [out_dim, in_dim]^T, as torch.nn.Linear does; x
+// and out are contiguous.
+void linear_on_cpu(DType dtype, const Tensor& x, const Tensor& w, const Tensor& out);
 
 }  // namespace redknot::binding

@@ -3,9 +3,6 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include <cstdint>
 #include <cstring>
@@ -17,6 +14,7 @@
 #include <vector>
 
 #include "numpy_arrays.h"
+#include "redknot/huge_pages.h"
 #include "redknot/segment_allocator.h"
 
 namespace py = pybind11;
@@ -312,20 +310,6 @@ auto direct(Result (SegmentAllocator::*method)(Args...) const) {
   return [method](Allocator& self, Args... args) {
     return unlocked([&] { return (self.core().*method)(args...); });
   };
-}
-
-// Asks for huge pages under memory that nobody has written to yet. Attention reads a pool's pages
-// in no order, and with small ones every page of 16 KiB costs misses of the TLB too. The system may
-// say no, and nothing but speed depends on it.
-void advise_huge_pages(uintptr_t address, uint64_t num_bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (address + num_bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)address, (void)num_bytes;
-#endif
 }
 
 }  // namespace

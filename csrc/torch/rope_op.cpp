@@ -6,6 +6,7 @@
 
 #include "executor.h"
 #include "redknot/cpu.h"
+#include "result.h"
 #include "rope_params.h"
 
 namespace redknot::binding {
@@ -92,7 +93,7 @@ Tensor rope_realign(const Tensor& k,
                     const Tensor& inv_freq,
                     bool interleaved,
                     std::optional<Tensor> offsets) {
-  const Tensor out = torch::stable::new_empty(k, k.sizes());
+  const Tensor out = new_result(k, k.sizes());
   cpu::rope_realign(rope_realign_params(k, offset, inv_freq, interleaved, offsets, out),
                     torch_executor());
   return out;

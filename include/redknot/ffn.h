@@ -88,7 +88,7 @@ struct FewRowLinearParams {
 struct GatedActivationParams {
   const void* gate = nullptr;  // [num_rows, ffn_dim]
   const void* up = nullptr;    // [num_rows, ffn_dim]
-  void* out = nullptr;         // [num_rows, ffn_dim], contiguous
+  void* out = nullptr;         // [num_rows, ffn_dim], contiguous; may be a contiguous `up`
   int64_t num_rows = 0;
   int64_t ffn_dim = 0;
   int64_t in_stride = 0;  // of gate's and of up's rows

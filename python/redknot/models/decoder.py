@@ -121,7 +121,7 @@ class Decoder:
             q = _linear(attention.q_proj, normed).view(len(normed), self.shape.num_q_heads, -1)
         if self.family.qk_norm:
             q = _normed(attention.q_norm, q)
-        return ops.rope_realign(q, positions, self.inv_freq)
+        return self._rotated(q, positions, attention.q_proj)
 
     def key_value(
         self, layer: int, normed: Tensor, positions: Tensor, heads: tuple[int, ...] | None = None
@@ -141,7 +141,12 @@ class Decoder:
             )
         if self.family.qk_norm:
             k = _normed(attention.k_norm, k)
-        return ops.rope_realign(k, positions, self.inv_freq), v
+        return self._rotated(k, positions, attention.k_proj), v
+
+    def _rotated(self, projected: Tensor, positions: Tensor, projection: nn.Module) -> Tensor:
+        """A projection's heads, rotated: in place, unless a hook may have kept what it saw."""
+        out = projected if _is_plain_linear(projection) else None
+        return ops.rope_realign(projected, positions, self.inv_freq, out=out)
 
     def _query_heads(self, heads: tuple[int, ...]) -> tuple[int, ...]:
         """Query heads of some KV heads."""
@@ -267,11 +272,14 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:
-    """A projection of rows [num_rows, in_dim]; of a few in bf16 by the operator made for that."""
+    """A projection of rows [num_rows, in_dim], in bf16 by the operator for it where that is faster.
+
+    For few rows it reads the weights once; for many, on the CPU, its result lies in huge pages.
+    """
     if (
         x.dtype is torch.bfloat16
-        and len(x) <= _FEW_ROWS
         and _is_plain_linear(module)
+        and (len(x) <= _FEW_ROWS or (x.device.type == "cpu" and module.bias is None))
         and module.in_features % 32 == module.out_features % 16 == 0
     ):
         return ops.gathered_linear(x, module.weight, module.bias)
