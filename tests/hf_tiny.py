@@ -5,8 +5,11 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
+from tiny_models import GEMMA2
 from transformers import (
     AttentionInterface,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -45,6 +48,7 @@ FAMILIES = {
         Qwen3Config,
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 2},
     ),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, GEMMA2),
 }
 # Query heads, KV heads: groups of 1, 4 and 8.
 GROUPS = {1: (2, 2), 4: (8, 2), 8: (8, 1)}
@@ -67,7 +71,10 @@ def tiny_model(family="llama", group=4, *, dtype=torch.float32, seed=0, **change
         }
     )
     torch.manual_seed(seed)
-    return model_class(config).to(dtype).eval()
+    model = model_class(config).to(dtype).eval()
+    if family == "gemma2":
+        model.set_attn_implementation("eager")  # SDPA, the default of 5.16, ignores the caps
+    return model
 
 
 def prompt(batch, length, seed=1):
@@ -89,7 +96,7 @@ def assert_close(ours, reference, tolerance=1e-4):
 # --- the reference: a dense mask per head, from the visibility rule ------------------------------
 
 
-def _reference_attention(module, query, key, value, mask, scaling, **_):
+def _reference_attention(module, query, key, value, mask, scaling, softcap=None, **_):
     windows, sinks, since = _RULES[id(module.config)]
     batch, num_q_heads, length = query.shape[:3]
     assert key.shape[2] == length, "the reference runs without a cache"
@@ -103,6 +110,8 @@ def _reference_attention(module, query, key, value, mask, scaling, **_):
     visible = visible & is_token[:, None, None, :] & is_token[:, None, :, None]
     key, value = (x.repeat_interleave(group, dim=1).float() for x in (key, value))
     scores = query.float() @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), dim=-1)
     out = torch.nan_to_num(weights) @ value  # a pad sees nothing
     return out.transpose(1, 2).to(query.dtype).contiguous(), None

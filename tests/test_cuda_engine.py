@@ -10,7 +10,7 @@ import pytest
 import torch
 from pretend_cuda import FREE_BYTES, move, pretend_cuda
 from test_cuda_ops import pytestmark as needs_gpu
-from tiny_models import random_tokens, tiny_model
+from tiny_models import GEMMA2, random_tokens, tiny_model
 from torch import Tensor
 
 from redknot import Engine, HeadMap, InputError, ModelError, attach, ops, profile_heads
@@ -54,7 +54,13 @@ def mixed_heads(local: str = "local") -> HeadMap:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("mistral", {"sliding_window": 24})],
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("qwen3", {}),
+        ("mistral", {"sliding_window": 24}),
+        ("gemma2", GEMMA2),
+    ],
 )
 def test_exact_mode_is_hugging_face(to_gpu: Any, family: str, options: dict[str, Any]) -> None:
     expected_of = lambda ids: hugging_face_logits(ids, family, **options)  # noqa: E731

@@ -33,7 +33,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, *names: str) -> dict[str, int]:
     return calls
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [name for name in CONFIGS if name != "gemma2"])
 @torch.inference_mode()
 def test_stock_models_take_the_fused_steps(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_calls(monkeypatch, "gathered_ffn", "rms_norm")

@@ -143,8 +143,11 @@ def test_models_that_are_refused(model):
     with pytest.raises(ModelError, match="no causal language model"):
         make_engine(model.model)
     gpt = type("Config", (), {"model_type": "gpt2"})
-    with pytest.raises(ModelError, match="'gpt2' is not supported; supported: llama, mistral"):
+    with pytest.raises(ModelError, match="'gpt2' is not supported; supported: gemma2, llama"):
         make_engine(type("Model", (), {"config": gpt})())
+    both_ways = tiny_model("gemma2", 4, 2, use_bidirectional_attention=True)
+    with pytest.raises(ModelError, match="not causal"):
+        make_engine(both_ways)
 
 
 @pytest.mark.parametrize("options", [{"page_size": 0}, {"page_size": 2.5}, {"store": "s3://x"}])

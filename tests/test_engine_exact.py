@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny_models import LLAMA3, YARN, random_tokens, tiny_model
+from tiny_models import GEMMA2, LLAMA3, YARN, random_tokens, tiny_model
 
 from redknot import Dense, Engine, HeadMap, ModelError, RedKnot, ops
 
@@ -23,6 +23,7 @@ MODELS = {
     "mistral-full": ("mistral", 4, 1, {"sliding_window": None}),
     "llama-yarn": ("llama", 4, 2, {"rope_parameters": YARN}),
     "llama-llama3": ("llama", 4, 2, {"rope_parameters": LLAMA3}),
+    "gemma2": ("gemma2", 4, 2, GEMMA2),
 }  # fmt: skip
 LENGTHS = {"one document": [37], "odd": [37, 16, 61], "five": [5, 33, 1, 64, 17], "none": []}
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_models import LLAMA3, YARN, random_tokens, tiny_model
+from tiny_models import GEMMA2, LLAMA3, YARN, random_tokens, tiny_model
 
 from redknot import Engine, HeadMap, HeadMapError, HeadProfile, InputError, RedKnot, profile_heads
 from redknot.eval.arrivals import make_prompt
@@ -22,7 +22,7 @@ from redknot.recovery import ModelShape
 # --- attention mass -------------------------------------------------------------------------------
 
 
-def mass_oracle(q, k, positions, windows, sink, scale, native, page_size, top_p):
+def mass_oracle(q, k, positions, windows, sink, scale, softcap, native, page_size, top_p):
     """The same from whole matrices in double precision, one number at a time."""
     rows, heads, _ = q.shape
     group = heads // k.shape[1]
@@ -33,6 +33,9 @@ def mass_oracle(q, k, positions, windows, sink, scale, native, page_size, top_p)
             low = max(0, i - native + 1) if native >= 0 else 0
             scores = torch.full((i + 1,), -torch.inf, dtype=torch.float64)
             scores[low:] = k[low : i + 1, head // group].double() @ q[row, head].double() * scale
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
+                scores[:low] = -torch.inf
             mass = scores.softmax(0)
             for column, window in enumerate(windows):
                 inside = [j for j in range(i + 1) if j < sink or j > i - window]
@@ -47,8 +50,10 @@ def mass_oracle(q, k, positions, windows, sink, scale, native, page_size, top_p)
     return covered, shares
 
 
-@pytest.mark.parametrize(("native", "sink"), [(-1, 4), (-1, 0), (9, 2)])
-def test_attention_mass_is_that_of_the_whole_matrix(monkeypatch, native, sink):
+@pytest.mark.parametrize(
+    ("native", "sink", "softcap"), [(-1, 4, 0.0), (-1, 0, 0.0), (9, 2, 0.0), (9, 2, 1.5)]
+)
+def test_attention_mass_is_that_of_the_whole_matrix(monkeypatch, native, sink, softcap):
     from redknot.eval.profiling import mass as module
 
     monkeypatch.setattr(module, "_BLOCK_BYTES", 4 * 2 * 50 * 3)  # three rows at a time
@@ -58,10 +63,10 @@ def test_attention_mass_is_that_of_the_whole_matrix(monkeypatch, native, sink):
     positions = torch.tensor([0, 1, 3, 7, 8, 20, 21, 30, 41, 48, 49])
     windows = distance_grid(50)
     got = attention_mass(
-        q, k, positions, torch.tensor(windows), sink=sink, softmax_scale=0.25,
+        q, k, positions, torch.tensor(windows), sink=sink, softmax_scale=0.25, softcap=softcap,
         native_window=native, page_size=8,
     )  # fmt: skip
-    covered, shares = mass_oracle(q, k, positions, windows, sink, 0.25, native, 8, 0.9)
+    covered, shares = mass_oracle(q, k, positions, windows, sink, 0.25, softcap, native, 8, 0.9)
     torch.testing.assert_close(got.covered.float(), covered, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got.page_share.float(), shares, rtol=1e-5, atol=1e-5)
     assert got.covered[:, -1].tolist() == pytest.approx([11.0] * 4)
@@ -83,6 +88,7 @@ def test_the_grid_of_windows_ends_at_the_longest_prompt():
         ("mistral", {"sliding_window": 40}),
         ("qwen2", {"rope_parameters": YARN}),
         ("qwen3", {}),
+        ("gemma2", GEMMA2),
     ],
 )
 def test_a_run_under_a_map_is_what_the_engine_computes(family, options):

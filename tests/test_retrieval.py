@@ -18,7 +18,7 @@ from redknot.cache.page_selection import PageSelector, select_pages
 INV_FREQ = 1e4 ** (-torch.arange(0, 32, 2) / 32)
 
 
-def oracle(rows: Rows, row: int, top_p: float, scale: float) -> list[int]:
+def oracle(rows: Rows, row: int, top_p: float, scale: float, softcap: float = 0.0) -> list[int]:
     """References that a row's one query reads, by the rule as it is written."""
     num_rows = len(rows.row_window)
     group = rows.q.shape[1] // num_rows
@@ -29,7 +29,9 @@ def oracle(rows: Rows, row: int, top_p: float, scale: float) -> list[int]:
         for page, _, valid, offset in rows.page_refs[begin:end].tolist():
             keys = [rotate(k, offset, INV_FREQ) for k in rows.k_cache[page, :valid].double()]
             mean = sum(keys) / valid
-            scores.append(math.log(valid) + float(mean @ rows.q[0, head].double()) * scale)
+            score = float(mean @ rows.q[0, head].double()) * scale
+            score = softcap * math.tanh(score / softcap) if softcap else score
+            scores.append(math.log(valid) + score)
         mass = np.exp(np.array(scores) - max(scores))
         mass /= mass.sum()
         held = 0.0
@@ -47,23 +49,23 @@ def case() -> Rows:
     return replace(rows, q=3 * rows.q)
 
 
-def choose(selector, rows, indptr=None, refs=None):
+def choose(selector, rows, indptr=None, refs=None, softcap=0.0):
     return select_pages(
         [selector], [7], [1], 0, rows.q, rows.k_cache,
         rows.row_indptr.numpy() if indptr is None else indptr,
         rows.page_refs.numpy() if refs is None else refs,
-        softmax_scale=None, inv_freq=INV_FREQ,
+        softmax_scale=None, softcap=softcap, inv_freq=INV_FREQ,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("top_p", [0.3, 0.6, 0.85])
-def test_the_pages_and_the_attention_are_those_of_the_oracle(top_p):
+@pytest.mark.parametrize(("top_p", "softcap"), [(0.3, 0.0), (0.6, 0.0), (0.85, 0.0), (0.6, 1.0)])
+def test_the_pages_and_the_attention_are_those_of_the_oracle(top_p, softcap):
     from redknot import ops
 
     rows = case()
     selector = PageSelector(np.array([[True, False]]), top_p)
-    indptr, refs = choose(selector, rows)
-    first_row = oracle(rows, 0, top_p, 32**-0.5)
+    indptr, refs = choose(selector, rows, softcap=softcap)
+    first_row = oracle(rows, 0, top_p, 32**-0.5, softcap)
     num_refs = int(rows.row_indptr[1])
     assert 2 < len(first_row) < num_refs
     assert selector.pages_read == len(first_row) and selector.pages_held == num_refs
@@ -121,7 +123,7 @@ def test_short_rows_and_several_queries_read_everything():
     indptr, refs = rows.row_indptr.numpy(), rows.page_refs.numpy()
     _, kept = select_pages(
         [selector], [7], [2], 0, rows.q, rows.k_cache, indptr, refs,
-        softmax_scale=None, inv_freq=None,
+        softmax_scale=None, softcap=0.0, inv_freq=None,
     )  # fmt: skip
     assert np.array_equal(kept, refs)
 

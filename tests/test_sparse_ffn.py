@@ -90,7 +90,7 @@ def naive_forward(model, ids, mask, options):
     return logits
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
 @torch.no_grad()
 def test_unselected_tokens_pass_unchanged(family):
     model = adapt(tiny_model(family))

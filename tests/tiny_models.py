@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -18,6 +19,7 @@ CONFIGS = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
 }
 YARN = {
     "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512,
@@ -25,6 +27,11 @@ YARN = {
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+# Caps that the scores and logits of random weights reach.
+GEMMA2 = {
+    "sliding_window": 24, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
+    "final_logit_softcapping": 3.0,
 }  # fmt: skip
 
 
@@ -51,6 +58,8 @@ def tiny_model(
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     model.generation_config.pad_token_id = 0
+    if family == "gemma2":
+        model.set_attn_implementation("eager")  # SDPA, the default of 5.16, ignores the caps
     return model.to(dtype)
 
 

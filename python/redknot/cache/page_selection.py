@@ -74,6 +74,7 @@ class PageSelector:
         k_cache: Tensor,
         refs: NDArray[np.int32],
         softmax_scale: float,
+        softcap: float,
         inv_freq: Tensor | None,
     ) -> NDArray[np.bool_]:
         """Choose the references that one query reads.
@@ -94,8 +95,10 @@ class PageSelector:
         if len(refs) > 2:
             means = self._means((session, layer, head), k_cache, refs, inv_freq)
             valid = torch.from_numpy(refs[:, 2]).to(q.device)
-            scores = q.float() @ means.T * softmax_scale + valid.log()
-            mass, order = scores.softmax(-1).sort(dim=-1, descending=True)
+            scores = q.float() @ means.T * softmax_scale
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
+            mass, order = (scores + valid.log()).softmax(-1).sort(dim=-1, descending=True)
             enough = mass.cumsum(-1) - mass >= self.top_p  # held already without this page
             read = torch.ones_like(enough).scatter_(1, order, ~enough).any(0)
             kept = read.cpu().numpy()
@@ -147,6 +150,7 @@ def select_pages(
     page_refs: NDArray[np.int32],
     *,
     softmax_scale: float | None,
+    softcap: float,
     inv_freq: Tensor | None,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Leave out the pages that retrieval heads do not read; rows of all other heads stay.
@@ -179,7 +183,15 @@ def select_pages(
                 refs = slice(int(row_indptr[row]), int(row_indptr[row + 1]))
                 own = q[token, head * group : (head + 1) * group]
                 kept[refs] = selector.select(
-                    session, layer, int(head), own, k_cache, page_refs[refs], scale, inv_freq
+                    session,
+                    layer,
+                    int(head),
+                    own,
+                    k_cache,
+                    page_refs[refs],
+                    scale,
+                    softcap,
+                    inv_freq,
                 )
         token += int(num_queries[number])
     counts = np.concatenate([[0], np.cumsum(kept)])

@@ -99,6 +99,7 @@ class PagedBatch:
         *,
         is_token: Tensor | None = None,
         softmax_scale: float | None = None,
+        softcap: float = 0.0,
     ) -> Tensor:
         """Write the keys and values of a forward pass to pages and attend to the rows' pages.
 
@@ -142,6 +143,7 @@ class PagedBatch:
             row_window=row_window,
             row_sink=row_sink,
             softmax_scale=softmax_scale,
+            softcap=softcap,
         )
         if self._is_by_layer:
             for session in self.sessions:

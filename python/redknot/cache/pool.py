@@ -238,6 +238,7 @@ class KVPool:
         row_sink: Tensor,
         inv_freq: Tensor | None = None,
         softmax_scale: float | None = None,
+        softcap: float = 0.0,
         selectors: Sequence[PageSelector | None] = (),
     ) -> Tensor:
         """Attention of q [num_tokens, num_q_heads, head_dim] over the sessions' rows of a layer.
@@ -258,6 +259,7 @@ class KVPool:
                 row_indptr,
                 page_refs,
                 softmax_scale=softmax_scale,
+                softcap=softcap,
                 inv_freq=inv_freq,
             )
         out, _ = self.attend_rows(
@@ -270,6 +272,7 @@ class KVPool:
             row_sink=row_sink,
             inv_freq=inv_freq,
             softmax_scale=softmax_scale,
+            softcap=softcap,
         )
         return out
 
@@ -285,6 +288,7 @@ class KVPool:
         row_sink: Tensor,
         inv_freq: Tensor | None = None,
         softmax_scale: float | None = None,
+        softcap: float = 0.0,
         return_lse: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Attention over any rows of pages; see `redknot.ops.seg_paged_attention`."""
@@ -300,5 +304,6 @@ class KVPool:
             row_sink,
             inv_freq=inv_freq,
             softmax_scale=softmax_scale,
+            softcap=softcap,
             return_lse=return_lse,
         )

@@ -44,8 +44,9 @@ class Engine:
     Parameters
     ----------
     model : PreTrainedModel, str or Path
-        A Llama, Mistral, Qwen2 or Qwen3 causal language model, or where to load one from. It is
-        not changed. On CUDA it must be in bfloat16 or float16; the page pool lies beside it.
+        A Llama, Mistral, Qwen2, Qwen3 or Gemma 2 causal language model, or where to load one
+        from. It is not changed. On CUDA it must be in bfloat16 or float16; the page pool lies
+        beside it.
     heads : HeadMap, str or Path, optional
         Which KV heads are global; default: all of them, which is exact.
     policy : Policy, optional

@@ -126,6 +126,7 @@ class RecoveryPass:
                 row_sink=self._sinks[layer],
                 inv_freq=decoder.inv_freq,
                 softmax_scale=decoder.softmax_scale,
+                softcap=decoder.softcap,
                 return_lse=wants_foreign,
             )
             hidden = decoder.add_attention(layer, hidden, out)
@@ -253,6 +254,7 @@ class RecoveryPass:
             row_sink=self._tensor(np.tile(self._rules.sinks[layer][chosen], num_seqs)),
             inv_freq=self._decoder.inv_freq,
             softmax_scale=self._decoder.softmax_scale,
+            softcap=self._decoder.softcap,
             return_lse=True,
         )
 

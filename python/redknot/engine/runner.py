@@ -94,6 +94,7 @@ class Runner:
                 row_sink=self._tensor(rules.sinks[layer]),
                 inv_freq=decoder.inv_freq,
                 softmax_scale=decoder.softmax_scale,
+                softcap=decoder.softcap,
             )
             hidden = decoder.add_ffn(layer, decoder.add_attention(layer, hidden, out))
             counter.query_and_output(num_rows)
@@ -154,6 +155,7 @@ class Runner:
                 row_sink=self._tensor(np.concatenate([r.sinks[layer] for r in rules])),
                 inv_freq=decoder.inv_freq,
                 softmax_scale=decoder.softmax_scale,
+                softcap=decoder.softcap,
                 selectors=[r.selector for r in rules],
             )
             hidden = decoder.add_attention(layer, hidden, out)

@@ -67,8 +67,8 @@ def attach(
     Parameters
     ----------
     model : PreTrainedModel
-        A Llama, Mistral, Qwen2 or Qwen3 causal language model, possibly wrapped (LoRA); its own
-        modules go on doing the work.
+        A Llama, Mistral, Qwen2, Qwen3 or Gemma 2 causal language model, possibly wrapped (LoRA);
+        its own modules go on doing the work.
     heads : HeadMap
         Made for this model.
     sparse_ffn : SparseFFN, optional

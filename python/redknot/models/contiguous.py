@@ -24,6 +24,7 @@ def attend_contiguous(
     windows: Tensor,
     sinks: Tensor,
     softmax_scale: float | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Causal attention per head rule; pads are neither keys nor queries.
 
@@ -85,6 +86,7 @@ def attend_contiguous(
         windows.repeat(batch),
         sinks.repeat(batch),
         softmax_scale=softmax_scale,
+        softcap=softcap,
     )
     if token_index is not None:
         token_out, out = out, torch.zeros_like(flat_q)

@@ -28,11 +28,15 @@ _FFN_CHUNK_ROWS = 4096
 _FEW_ROWS = 64
 # Classes whose modules the fused operators stand for, as torch and transformers name them.
 _SILU = {"SiLU", "SiLUActivation"}
-_RMS_NORMS = {f"{model_type.capitalize()}RMSNorm" for model_type in FAMILIES}
+_RMS_NORMS = {
+    f"{family.model_type.capitalize()}RMSNorm"
+    for family in FAMILIES.values()
+    if not family.sandwich_norms
+}
 
 
 class Decoder:
-    """The parts of a Llama, Mistral, Qwen2 or Qwen3 causal language model.
+    """The parts of a Llama, Mistral, Qwen2, Qwen3 or Gemma 2 causal language model.
 
     Parameters
     ----------
@@ -92,6 +96,8 @@ class Decoder:
         self.softmax_scale = float(self._layers[0].self_attn.scaling) * float(
             rotary.attention_scaling**2
         )
+        self.softcap = float(getattr(config, "attn_logit_softcapping", None) or 0.0)
+        self._logit_softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
         self._head_columns: dict[
             tuple[int, tuple[str, ...], tuple[int, ...]], tuple[Tensor, Tensor]
         ] = {}
@@ -192,7 +198,10 @@ class Decoder:
 
         A new tensor: whoever keeps `hidden` still has what came into the layer.
         """
-        added = _linear(self._layers[layer].self_attn.o_proj, attention_out.flatten(1))
+        block = self._layers[layer]
+        added = _linear(block.self_attn.o_proj, attention_out.flatten(1))
+        if self.family.sandwich_norms:
+            added = _normed(block.post_attention_layernorm, added)
         return torch.add(hidden, added, out=added)
 
     def add_ffn(self, layer: int, hidden: Tensor) -> Tensor:
@@ -203,9 +212,8 @@ class Decoder:
                 self._every_row = torch.arange(num_rows, dtype=torch.int32, device=self.device)
             count = torch.tensor([num_rows], dtype=torch.int32, device=self.device)
             return self._fused_ffn(layer, hidden, self._every_row[:num_rows], count)
-        block = self._layers[layer]
         for chunk in _even_split(hidden):
-            chunk += block.mlp(block.post_attention_layernorm(chunk))
+            chunk += self._ffn(layer, chunk)
         return hidden
 
     def add_sparse_ffn(self, layer: int, hidden: Tensor, indices: Tensor, count: Tensor) -> Tensor:
@@ -215,10 +223,17 @@ class Decoder:
         """
         if self._fuses_ffn(layer):
             return self._fused_ffn(layer, hidden, indices, count)
-        block = self._layers[layer]
         for chunk in _even_split(indices[: int(count)].long()):
-            hidden[chunk] += block.mlp(block.post_attention_layernorm(hidden[chunk]))
+            hidden[chunk] += self._ffn(layer, hidden[chunk])
         return hidden
+
+    def _ffn(self, layer: int, hidden: Tensor) -> Tensor:
+        """What a layer's FFN adds to some rows, by the model's modules."""
+        block = self._layers[layer]
+        if not self.family.sandwich_norms:
+            return block.mlp(block.post_attention_layernorm(hidden))
+        added = block.mlp(block.pre_feedforward_layernorm(hidden))
+        return block.post_feedforward_layernorm(added)
 
     def _fuses_ffn(self, layer: int) -> bool:
         """Whether a layer's norm and FFN are what `gathered_ffn` computes."""
@@ -248,7 +263,10 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [num_rows, vocab_size] of hidden states after the last layer."""
-        return _linear(self.model.lm_head, _normed(self._backbone.norm, hidden))
+        logits = _linear(self.model.lm_head, _normed(self._backbone.norm, hidden))
+        if self._logit_softcap:
+            logits = self._logit_softcap * (logits / self._logit_softcap).tanh()
+        return logits
 
     # --- what the store and the ledger ask -------------------------------------------------------
 

@@ -21,6 +21,9 @@ class Family:
         `config.model_type` of Hugging Face.
     qk_norm : bool
         Whether queries and keys pass an RMSNorm over head_dim before the rotation.
+    sandwich_norms : bool
+        Whether attention and FFN have a norm behind them too, before they are added. These
+        families' norms scale by 1 + weight.
     sliding : {"never", "every_layer", "layer_types"}
         Which layers have a native sliding window: none, all where `config.sliding_window` is set,
         or those that `config.layer_types` calls "sliding_attention".
@@ -28,6 +31,7 @@ class Family:
 
     model_type: str
     qk_norm: bool = False
+    sandwich_norms: bool = False
     sliding: str = "never"
 
     def sliding_windows(self, config: Any) -> list[int | None]:
@@ -48,6 +52,7 @@ FAMILIES: dict[str, Family] = {
         Family("mistral", sliding="every_layer"),
         Family("qwen2", sliding="layer_types"),
         Family("qwen3", qk_norm=True, sliding="layer_types"),
+        Family("gemma2", sandwich_norms=True, sliding="layer_types"),
     )
 }
 
@@ -62,7 +67,7 @@ def family_of(config: Any) -> Family:
     ------
     ModelError
         For a family that is not in the table, or rope frequencies that depend on the length
-        (dynamic NTK, longrope), which make cached keys invalid.
+        (dynamic NTK, longrope), which make cached keys invalid, or attention that is not causal.
     """
     model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
@@ -76,6 +81,10 @@ def family_of(config: Any) -> Family:
             f"rope_type {rope_type!r} is not supported: its frequencies depend on the current "
             "length, so cached keys cannot be moved; use a checkpoint with default, linear, "
             "llama3 or yarn scaling"
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ModelError(
+            "attention that is not causal (use_bidirectional_attention) is not supported"
         )
     return FAMILIES[model_type]
 

@@ -143,8 +143,6 @@ def _refuse_unsupported(
         what = "dropout (the model is in training mode; call model.eval())"
     elif module.training and torch.is_grad_enabled() and query.requires_grad:
         what = "training (it has no backward pass; call model.eval())"
-    elif options.get("softcap") is not None:
-        what = "soft-capped scores"
     elif options.get("output_attentions"):
         what = "output_attentions (weights are never formed)"
     elif options.get("position_bias") is not None or options.get("s_aux") is not None:
@@ -168,6 +166,7 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of the AttentionInterface; query [batch, num_q_heads, length, dim]."""
@@ -182,6 +181,7 @@ def _attention(
             key.v.transpose(1, 2),
             is_token=is_token,
             softmax_scale=scaling,
+            softcap=softcap or 0.0,
         )
         return out, None
     assert isinstance(value, Tensor)
@@ -207,6 +207,7 @@ def _attention(
         windows=rules.windows.to(key.device),
         sinks=rules.sinks.to(key.device),
         softmax_scale=scaling,
+        softcap=softcap or 0.0,
     )
     return out, None
 

@@ -93,6 +93,7 @@ class Branches:
         windows: Tensor,
         sinks: Tensor,
         softmax_scale: float,
+        softcap: float,
         *,
         branches_only: bool = False,
     ) -> Tensor:
@@ -123,6 +124,7 @@ class Branches:
             windows.repeat(self._num_sequences),
             sinks.repeat(self._num_sequences),
             softmax_scale=softmax_scale,
+            softcap=softcap,
         )
         return out
 

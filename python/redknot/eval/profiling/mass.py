@@ -47,6 +47,7 @@ def attention_mass(
     *,
     sink: int,
     softmax_scale: float,
+    softcap: float = 0.0,
     native_window: int = -1,
     page_size: int = 64,
     top_p: float = 0.9,
@@ -68,7 +69,7 @@ def attention_mass(
         A window counts the current token.
     sink : int
         First keys that count as covered by every window.
-    softmax_scale : float
+    softmax_scale, softcap : float
     native_window : int
         The model's own sliding window; -1: none.
     page_size, top_p : int, float
@@ -98,6 +99,8 @@ def attention_mass(
             own = slice(head * group, (head + 1) * group)
             queries = q[rows, own].float().transpose(0, 1)  # [group, rows, head_dim]
             scores = torch.matmul(queries, keys[head]) * softmax_scale
+            if softcap:
+                scores = softcap * (scores / softcap).tanh_()
             mass = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
             paged = F.pad(mass, (0, num_pages * page_size - num_keys))
             paged = paged.view(*mass.shape[:2], num_pages, page_size).sum(-1)

@@ -118,7 +118,13 @@ class SampleRun:
             k, v = decoder.key_value(layer, normed, rows.positions)
             del normed
             out = rows.attend(
-                q, k, v, rules.windows[layer], rules.sinks[layer], decoder.softmax_scale
+                q,
+                k,
+                v,
+                rules.windows[layer],
+                rules.sinks[layer],
+                decoder.softmax_scale,
+                decoder.softcap,
             )
             yield DenseLayer(layer, hidden, q, k, v, out)
             del q, k, v
@@ -164,6 +170,7 @@ class SampleRun:
                 rules.windows[layer],
                 rules.sinks[layer],
                 decoder.softmax_scale,
+                decoder.softcap,
                 branches_only=layer == last,
             )
             del normed, k, v

@@ -55,6 +55,7 @@ def measure_signals(
             all_local.windows[layer],
             all_local.sinks[layer],
             run.decoder.softmax_scale,
+            run.decoder.softcap,
         )[run.first_moved :]
         sums["local_moved"] = _norms(dense.attention_out[run.first_moved :] - local_out)
         sums["local_size"] = _norms(dense.attention_out[run.first_moved :])
@@ -89,6 +90,7 @@ def _mass(
             grid,
             sink=sink,
             softmax_scale=run.decoder.softmax_scale,
+            softcap=run.decoder.softcap,
             native_window=-1 if native is None else native,
         )
         return {"covered": mass.covered, "page_share": mass.page_share}
