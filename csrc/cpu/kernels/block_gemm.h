@@ -70,13 +70,17 @@ static inline void value_block(const char* const* values,
 }
 
 // Calls block(first row, its number of rows as a compile-time constant) until `rows` are covered.
+// Too few sums wait for each other: the last eight rows are four and four, not six and two.
 template <typename Block>
 static inline void for_each_block(int64_t rows, Block&& block) {
   int64_t r = 0;
-  for (; r + kBlockRows <= rows; r += kBlockRows) {
+  for (; r + kBlockRows <= rows && rows - r != 8; r += kBlockRows) {
     block(r, std::integral_constant<int, kBlockRows>());
   }
   switch (rows - r) {
+    case 8:
+      block(r, std::integral_constant<int, 4>());
+      return block(r + 4, std::integral_constant<int, 4>());
     case 5:
       return block(r, std::integral_constant<int, 5>());
     case 4:

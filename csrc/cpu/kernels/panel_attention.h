@@ -61,20 +61,20 @@ class PanelAttention {
   void consume(KeyTile& tile, const KeyTile*) {
     if (!ready_ || tile.offset != offset_) pack_queries(tile.offset);
     if constexpr (kWiden) widen_rows<T>(tile.k, tile.count, head_dim_, wide_k_);
-    const int64_t value_depth = prepare_values(tile);
+    prepare_values(tile);
     for (int64_t p = 0; p < num_panels_; ++p) {
       switch (width(p)) {
         case 1:
-          panel_step<1>(p, tile, value_depth);
+          panel_step<1>(p, tile);
           break;
         case 2:
-          panel_step<2>(p, tile, value_depth);
+          panel_step<2>(p, tile);
           break;
         case 3:
-          panel_step<(kMaxWidth >= 3 ? 3 : 1)>(p, tile, value_depth);
+          panel_step<(kMaxWidth >= 3 ? 3 : 1)>(p, tile);
           break;
         default:
-          panel_step<(kMaxWidth >= 4 ? 4 : 1)>(p, tile, value_depth);
+          panel_step<(kMaxWidth >= 4 ? 4 : 1)>(p, tile);
       }
     }
   }
@@ -124,16 +124,14 @@ class PanelAttention {
     }
   }
 
-  // Points tile.v at rows of words; returns how many.
-  int64_t prepare_values(KeyTile& tile) {
+  // Rows of words that hold the values of so many keys.
+  static int64_t value_depth(int64_t keys) { return (keys + Mac::kPerWord - 1) / Mac::kPerWord; }
+  // Points tile.v at rows of words.
+  void prepare_values(KeyTile& tile) {
     if constexpr (kWiden) {
       widen_rows<T>(tile.v, tile.count, head_dim_, values_);
-      return tile.count;
-    } else if constexpr (Mac::kPerWord == 1) {
-      return tile.count;
-    } else {
-      const int64_t pairs = (tile.count + 1) / 2;
-      for (int64_t i = 0; i < pairs; ++i) {
+    } else if constexpr (Mac::kPerWord > 1) {
+      for (int64_t i = 0; i < value_depth(tile.count); ++i) {
         const auto* first = reinterpret_cast<const T*>(tile.v[2 * i]);
         const auto* second =
             2 * i + 1 < tile.count ? reinterpret_cast<const T*>(tile.v[2 * i + 1]) : nullptr;
@@ -141,12 +139,11 @@ class PanelAttention {
         interleave_rows(first, second, head_dim_, words);
         tile.v[i] = words;
       }
-      return pairs;
     }
   }
 
   template <int Width>
-  void panel_step(int64_t p, const KeyTile& tile, int64_t value_depth) {
+  void panel_step(int64_t p, const KeyTile& tile) {
     const int64_t first = p * kPanelRows;
     const int64_t last = std::min<int64_t>(first + kPanelRows, queries_.rows()) - 1;
     const TileClass kind = classify_tile(tile.first_position(),
@@ -156,33 +153,37 @@ class PanelAttention {
                                          queries_.window(),
                                          queries_.sink());
     if (kind == TileClass::kSkip) return;
+    // Keys after the panel's last query are for later panels.
+    int count = tile.count;
+    while (count > 0 && tile.positions[count - 1] > position_[last]) --count;
 
     const float* q = q_ + first * depth_;
-    for_each_block(tile.count, [&](int64_t r, auto rows) {
+    for_each_block(count, [&](int64_t r, auto rows) {
       score_block<Mac, rows(), Width>(
           tile.k + r, q, depth_, scale_.product, scores_ + r * Width * kLanes);
     });
     if (scale_.capped != 0.0f) {
-      for (float* score = scores_; score < scores_ + tile.count * Width * kLanes; score += kLanes) {
+      for (float* score = scores_; score < scores_ + count * Width * kLanes; score += kLanes) {
         store(score, scale_.score(load(score)));
       }
     }
-    if (kind == TileClass::kPartial) mask<Width>(first, tile);
+    if (kind == TileClass::kPartial) mask<Width>(first, tile, count);
     Vec rescale[Width];
-    softmax<Width>(first, tile.count, rescale);
+    softmax<Width>(first, count, rescale);
     float* out = out_ + first * head_dim_;
+    const int64_t depth = value_depth(count);
     for_each_block(head_dim_, [&](int64_t d, auto rows) {
       value_block<Mac, rows(), Width>(
-          tile.v, 4 * d, scores_, value_depth, rescale, out + d * Width * kLanes);
+          tile.v, 4 * d, scores_, depth, rescale, out + d * Width * kLanes);
     });
   }
 
   template <int Width>
-  void mask(int64_t first, const KeyTile& tile) {
+  void mask(int64_t first, const KeyTile& tile, int count) {
     for (int c = 0; c < Width; ++c) {
       const VecI position = *reinterpret_cast<const VecI*>(position_ + first + c * kLanes);
       const VecI window_begin = *reinterpret_cast<const VecI*>(window_begin_ + first + c * kLanes);
-      for (int i = 0; i < tile.count; ++i) {
+      for (int i = 0; i < count; ++i) {
         const VecI key = broadcast(tile.positions[i]);
         VecI visible = key <= position;
         if (tile.positions[i] >= queries_.sink()) visible &= key > window_begin;

@@ -27,6 +27,7 @@ inline void keep(Vec& x) {
 template <typename Mac>
 int64_t dots(int64_t num_rounds) {
   Vec sums[kChains] = {};
+  for (Vec& sum : sums) keep(sum);  // or the compiler sees that all are equal, and computes one
   Vec a = broadcast(0.0f);
   Vec b = broadcast(0.0f);
   for (int64_t round = 0; round < num_rounds; ++round) {
