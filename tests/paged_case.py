@@ -10,6 +10,8 @@ import torch
 from reference.attention import Rows
 from torch import Tensor
 
+from redknot import ops
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -131,3 +133,10 @@ def raises(message: str) -> pytest.RaisesExc:
     import re
 
     return pytest.raises(RuntimeError, match=re.escape(message))
+
+
+def plan_of(rows: Rows, workers: int | None = None) -> torch.Tensor:
+    return ops.seg_paged_plan(
+        rows.row_indptr, rows.cu_seqlens_q, rows.q_positions, rows.row_window, rows.row_sink,
+        rows.q.shape[1], rows.k_cache.shape[1], workers,
+    )  # fmt: skip

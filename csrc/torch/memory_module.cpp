@@ -5,15 +5,14 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "numpy_arrays.h"
+#include "page_storage.h"
 #include "redknot/huge_pages.h"
 #include "redknot/segment_allocator.h"
 
@@ -34,44 +33,6 @@ void raise_unless_ok(const AllocResult& result, const char* caller) {
   error.attr("pages_free") = result.pages_free;
   PyErr_SetObject(out_of_pages_type.ptr(), error.ptr());
   throw py::error_already_set();
-}
-
-// Page p occupies [base + p * stride_bytes, + page_bytes).
-struct StorageRegion {
-  unsigned char* base;
-  int64_t stride_bytes;
-  int64_t page_bytes;
-};
-using RegionTuple = std::tuple<uintptr_t, int64_t, int64_t>;
-
-std::vector<StorageRegion> checked_regions(const std::vector<RegionTuple>& given,
-                                           const std::string& caller) {
-  std::vector<StorageRegion> regions;
-  for (const auto& [base, stride_bytes, page_bytes] : given) {
-    if (base == 0 || page_bytes < 1 || stride_bytes < page_bytes) {
-      refuse(caller + ": storage",
-             "(pointer, page_stride_bytes, page_bytes) with 1 <= page_bytes <= page_stride_bytes",
-             "(" + std::to_string(base) + ", " + std::to_string(stride_bytes) + ", " +
-                 std::to_string(page_bytes) + ")");
-    }
-    regions.push_back({reinterpret_cast<unsigned char*>(base), stride_bytes, page_bytes});
-  }
-  return regions;
-}
-
-// All bits set is NaN in fp32, bf16 and fp16: a page read after it was freed cannot go unnoticed.
-std::function<void(int32_t)> poison_hook(std::vector<StorageRegion> regions,
-                                         bool poison,
-                                         const std::string& caller) {
-  if (!poison) return nullptr;
-  if (regions.empty()) {
-    throw py::value_error(caller + ": poison=True needs host storage to fill, got none");
-  }
-  return [regions = std::move(regions)](int32_t page) {
-    for (const StorageRegion& region : regions) {
-      std::memset(region.base + page * region.stride_bytes, 0xFF, region.page_bytes);
-    }
-  };
 }
 
 // Another thread may hold the allocator's lock: nobody waits for it with the GIL in hand.

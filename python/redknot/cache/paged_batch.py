@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,20 +18,10 @@ from torch import Tensor
 from redknot import _memory
 from redknot.cache.pool import KVPool, out_of_pages
 from redknot.cache.pool_options import PoolOptions
+from redknot.cache.step import Step
 from redknot.errors import BudgetError, HeadMapError, InputError
 
 __all__ = ["PagedBatch"]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One forward pass: which of its [batch, step_tokens] slots hold tokens, and their places."""
-
-    step_tokens: int
-    num_tokens: NDArray[np.int64]  # per session
-    token_index: Tensor | None  # int64, into the flattened slots; None: all of them are tokens
-    cu_seqlens_q: Tensor
-    q_positions: Tensor
 
 
 def _release(pool: KVPool, sessions: list[int]) -> None:
@@ -70,7 +59,7 @@ class PagedBatch:
         self._seen = [0] * len(windows)  # slots per layer, pads included
         self._appended = 0  # slots that the allocator knows of
         self._pads: list[NDArray[np.int64]] = []  # per row: slots that hold no token
-        self._step: _Step | None = None
+        self._step: Step | None = None
         self._is_by_layer = False  # the pass in progress takes and gives back pages layer by layer
         self._row_rules: list[tuple[Tensor, Tensor]] = []
         self._finalizer: weakref.finalize | None = None
@@ -196,7 +185,11 @@ class PagedBatch:
             raise
         self._pads = [np.concatenate(p) for p in zip(self._pads, new_pads, strict=True)]
         self._appended += step_tokens
-        self._step = self._describe_step(step_tokens, num_tokens, is_token, k.device)
+        ends = num_tokens.tolist()
+        if not self._is_by_layer:
+            assert self.pool is not None
+            ends = [self.pool.allocator.session_length(session) for session in self.sessions]
+        self._step = Step.ending_at(ends, num_tokens, is_token, k.device)
 
     def _append(self, k: Tensor, num_tokens: NDArray[np.int64]) -> None:
         pool = self._ready_pool(k, num_tokens)
@@ -224,32 +217,6 @@ class PagedBatch:
         # What has left the windows is seen by none of the new tokens either.
         return allocator.append_tokens(
             self.sessions, num_tokens, expire_first=not self.keep_expired
-        )
-
-    def _describe_step(
-        self,
-        step_tokens: int,
-        num_tokens: NDArray[np.int64],
-        is_token: Tensor | None,
-        device: torch.device,
-    ) -> _Step:
-        assert self.pool is not None
-        ends = num_tokens.tolist()
-        if not self._is_by_layer:
-            ends = [self.pool.allocator.session_length(session) for session in self.sessions]
-        positions = [np.arange(end - n, end) for end, n in zip(ends, num_tokens, strict=True)]
-        cu_seqlens = np.concatenate([[0], np.cumsum(num_tokens)])
-
-        def on_device(array: NDArray) -> Tensor:
-            return torch.from_numpy(array.astype(np.int32)).to(device)
-
-        index = None if is_token is None else is_token.reshape(-1).nonzero().squeeze(1)
-        return _Step(
-            step_tokens,
-            num_tokens,
-            None if index is None else index.to(device),
-            on_device(cu_seqlens),
-            on_device(np.concatenate(positions)),
         )
 
     # --- the pool -------------------------------------------------------------------------------

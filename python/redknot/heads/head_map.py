@@ -143,12 +143,7 @@ class HeadMap:
         data = files.read_json(path)
         try:
             head_map = cls(**files.parse_json(data))
-            for key in ("num_layers", "num_kv_heads"):
-                if data.get(key, getattr(head_map, key)) != getattr(head_map, key):
-                    raise HeadMapError(
-                        f"{key} is {data[key]!r}, but kv_head_classification has "
-                        f"{getattr(head_map, key)}"
-                    )
+            files.check_counts(data, head_map.num_layers, head_map.num_kv_heads)
             return head_map
         except HeadMapError as error:
             raise HeadMapError(f"{path}: {error}") from None
@@ -175,18 +170,14 @@ class HeadMap:
 
     def to_json(self, path: str | Path | None = None) -> dict[str, Any]:
         """Return the content of a head map file, written to `path` when one is given."""
-        data: dict[str, Any] = copy.deepcopy(self._metadata)
-        data["num_layers"] = self.num_layers
-        data["num_kv_heads"] = self.num_kv_heads
-        is_local = self._class_windows != GLOBAL_WINDOW
-        if is_local.any():  # for readers that know one window only; ours reads the matrices
-            data["window"] = int(self._class_windows[is_local].max())
-            data["sink_size"] = int(self._class_sinks[is_local].max())
-        data["retrieval_top_p"] = self._retrieval_top_p
-        data["dense_prefix_layers"] = self._dense_prefix_layers
-        data["kv_head_classification"] = [list(row) for row in self._names]
-        data["kv_head_max_distance"] = self._class_windows.tolist()
-        data["kv_head_sink_size"] = self._class_sinks.tolist()
+        data = files.to_json(
+            self._names,
+            self._class_windows,
+            self._class_sinks,
+            retrieval_top_p=self._retrieval_top_p,
+            dense_prefix_layers=self._dense_prefix_layers,
+            metadata=self.metadata,
+        )
         if path is not None:
             Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         return data

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from redknot.errors import HeadMapError
 
@@ -14,9 +16,11 @@ __all__ = [
     "DEFAULT_SINK",
     "DEFAULT_WINDOW",
     "FILE_KEYS",
+    "check_counts",
     "parse_json",
     "read_duo_attention",
     "read_json",
+    "to_json",
 ]
 
 DEFAULT_WINDOW = 512
@@ -82,6 +86,36 @@ def parse_json(data: dict[str, Any]) -> dict[str, Any]:
         "dense_prefix_layers": data.get("dense_prefix_layers", 0),
         "metadata": {key: value for key, value in data.items() if key not in FILE_KEYS},
     }
+
+
+def check_counts(data: dict[str, Any], num_layers: int, num_kv_heads: int) -> None:
+    """Raise `HeadMapError` when a file's counts are not those of its matrices."""
+    for key, found in (("num_layers", num_layers), ("num_kv_heads", num_kv_heads)):
+        if data.get(key, found) != found:
+            raise HeadMapError(f"{key} is {data[key]!r}, but kv_head_classification has {found}")
+
+
+def to_json(
+    names: Sequence[Sequence[str]],
+    windows: NDArray[np.int32],
+    sinks: NDArray[np.int32],
+    *,
+    retrieval_top_p: float,
+    dense_prefix_layers: int,
+    metadata: dict[str, Any],
+) -> dict[str, Any]:
+    """Content of a head map file; windows of heads that are not local by class are negative."""
+    data = {**metadata, "num_layers": len(names), "num_kv_heads": len(names[0])}
+    is_local = windows >= 0
+    if is_local.any():  # for readers that know one window only; ours reads the matrices
+        data["window"] = int(windows[is_local].max())
+        data["sink_size"] = int(sinks[is_local].max())
+    data["retrieval_top_p"] = retrieval_top_p
+    data["dense_prefix_layers"] = dense_prefix_layers
+    data["kv_head_classification"] = [list(row) for row in names]
+    data["kv_head_max_distance"] = windows.tolist()
+    data["kv_head_sink_size"] = sinks.tolist()
+    return data
 
 
 def read_duo_attention(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redknot.errors import HeadMapError
-from redknot.eval.cost import published_prefill_flops
+from redknot.eval.profiling import criteria
 from redknot.eval.profiling.files import write_atomically
 from redknot.heads import HeadMap
 from redknot.recovery import ModelShape
@@ -265,12 +265,12 @@ class HeadProfile:
             "kv_bytes": kv_bytes,
             "flops": flops,
         }
-        criteria = {name: value for name, value in given.items() if value is not None}
-        if len(criteria) != 1:
+        limits = {name: value for name, value in given.items() if value is not None}
+        if len(limits) != 1:
             raise HeadMapError(
-                f"give exactly one of {', '.join(given)}; got {', '.join(criteria) or 'none'}"
+                f"give exactly one of {', '.join(given)}; got {', '.join(limits) or 'none'}"
             )
-        ((name, limit),) = criteria.items()
+        ((name, limit),) = limits.items()
         if limit < 0 or (name == "global_fraction" and limit > 1):
             raise HeadMapError(
                 f"{name} must be {'in [0, 1]' if limit > 1 else '>= 0'}, got {limit}"
@@ -283,10 +283,10 @@ class HeadProfile:
             "retrieval_top_p": retrieval_top_p,
         }
         if name in ("max_kl", "max_loss_points"):
-            num_global = self._by_rungs(name, float(limit), signal, coverage, layer_floor)
+            num_global = criteria.by_rungs(self, name, float(limit), signal, coverage, layer_floor)
         else:
-            most = self._worthwhile(signal, min_kl, layer_floor)
-            num_global = self._by_budget(name, float(limit), most, context, options)
+            most = criteria.worthwhile(self, signal, min_kl, layer_floor)
+            num_global = criteria.by_budget(self, name, float(limit), most, context, options)
         used_signal = signal or ("kl" if self.kl is not None else "local_shift")
         metadata: dict[str, Any] = {
             "model": self.model.name,
@@ -313,66 +313,6 @@ class HeadProfile:
             metadata["stability"] = stability
         return self.head_map(num_global, metadata=metadata, **options)
 
-    def _worthwhile(self, signal: str | None, min_kl: float | None, layer_floor: int) -> int:
-        """How many heads of the ranking may become global."""
-        score = self.score(signal)
-        if self.kl is None or signal not in (None, "kl"):
-            return score.size
-        least = self.min_kl if min_kl is None else min_kl
-        worth = score.ravel()[self.ranking(signal, layer_floor)] >= least
-        return max(int(np.flatnonzero(worth).max(initial=-1)) + 1, layer_floor * score.shape[0])
-
-    def _by_rungs(
-        self, name: str, limit: float, signal: str | None, coverage: float | None, layer_floor: int
-    ) -> int:
-        asked_otherwise = signal not in (None, "kl") or layer_floor or coverage is not None
-        if not self.rungs or asked_otherwise:
-            why = "with another signal, coverage or layer_floor" if asked_otherwise else "at all"
-            raise HeadMapError(
-                f"{name} needs whole maps that were run, and none was {why}; profile again with "
-                "that, or choose another criterion"
-            )
-        dense = self.rungs[-1]
-        for rung in self.rungs:
-            loss = rung.kl if name == "max_kl" else 100 * (dense.accuracy - rung.accuracy)
-            if loss <= limit:
-                return rung.num_global
-        return dense.num_global
-
-    def _by_budget(
-        self, name: str, limit: float, most: int, context: int | None, options: dict[str, Any]
-    ) -> int:
-        facts = self.model
-        size = facts.shape.num_layers * facts.shape.num_kv_heads
-        if name == "global_fraction":
-            return min(most, int(limit * size + 1e-9))
-        tokens = context or int(self.calibration["context_tokens"])
-
-        def cost(num_global: int) -> float:
-            heads = self.head_map(num_global, **options)
-            if name == "kv_bytes":
-                return heads.kv_bytes(
-                    tokens,
-                    head_dim=facts.shape.head_dim,
-                    bytes_per_element=facts.bytes_per_element,
-                    sliding_windows=facts.sliding_windows,
-                )
-            parts = published_prefill_flops(
-                heads, facts.shape, tokens, min(64, tokens), sliding_windows=facts.sliding_windows
-            )
-            return sum(parts.values())
-
-        if cost(0) > limit:
-            raise HeadMapError(
-                f"{name} of {limit:,.0f} is too little: all heads local already cost "
-                f"{cost(0):,.0f} at {tokens:,} tokens"
-            )
-        low, high = 0, most  # more global heads never cost less
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if cost(middle) <= limit else (low, middle - 1)
-        return low
-
     # --- stability --------------------------------------------------------------------------------
 
     def stability(self, num_global: int) -> dict[str, float] | None:
@@ -389,7 +329,7 @@ class HeadProfile:
         maps = []
         for kl in self.kl_by_set:
             part = replace(self, kl=kl)
-            maps.append(part.head_map(min(num_global, part._worthwhile("kl", None, 0))))
+            maps.append(part.head_map(min(num_global, criteria.worthwhile(part, "kl", None, 0))))
         return agreement(*maps)
 
     # --- files ------------------------------------------------------------------------------------
