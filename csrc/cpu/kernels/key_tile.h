@@ -117,29 +117,29 @@ static inline void fetch_ahead(const char* p) {
 }
 
 // Asks for `rows`, a share of them at each of `steps` steps: spread evenly over arithmetic, so that
-// neither waits for the other. Of `later`, whose turn is next, only the first line of every memory
-// page, for the processor's own prefetcher to start there.
+// neither waits for the other, and round the memory pages they lie in, so that the processor's own
+// prefetcher, which works within a memory page, runs ahead in all of them at once. Of `later`,
+// whose turn is next, only the first line of every memory page, for it to start there.
 class FetchAhead {
  public:
   FetchAhead(TileRows rows, TileRows later, int64_t row_bytes, int64_t steps)
-      : rows_(rows.begin),
-        end_(rows.begin + rows.count),
-        later_(later.begin),
-        later_end_(later.begin + later.count),
+      : rows_(rows),
+        later_(later),
         row_bytes_(row_bytes),
         share_((rows.count + steps - 1) / steps),
-        rows_per_page_(std::max<int64_t>(1, kMemoryPageBytes / row_bytes)) {}
+        rows_per_page_(std::max<int64_t>(1, kMemoryPageBytes / row_bytes)),
+        left_(rows.count) {}
 
   void step() {
-    const char* const* end = end_ - rows_ < share_ ? end_ : rows_ + share_;
-    for (; rows_ < end; ++rows_) {
-      int64_t b = 0;
-      for (; b + 256 <= row_bytes_; b += 256) fetch_ahead<256>(*rows_ + b);
-      for (; b < row_bytes_; b += 64) fetch_ahead<64>(*rows_ + b);
-      if (--rows_to_page_ == 0 && later_ < later_end_) {
-        fetch_ahead<64>(*later_);
-        later_ += rows_per_page_;
-        rows_to_page_ = rows_per_page_;
+    const int64_t end = std::max<int64_t>(0, left_ - share_);
+    for (; left_ > end; --left_) {
+      fetch_row(rows_.begin[row_]);
+      row_ += rows_per_page_;
+      if (row_ >= rows_.count) row_ = ++first_;
+      if (--rows_to_later_ == 0 && later_row_ < later_.count) {
+        fetch_ahead<64>(later_.begin[later_row_]);
+        later_row_ += rows_per_page_;
+        rows_to_later_ = rows_per_page_;
       }
     }
   }
@@ -147,14 +147,20 @@ class FetchAhead {
  private:
   static constexpr int64_t kMemoryPageBytes = 4096;
 
-  const char* const* rows_;
-  const char* const* end_;
-  const char* const* later_;
-  const char* const* later_end_;
+  void fetch_row(const char* row) const {
+    for (int64_t b = 0; b < row_bytes_; b += 64) fetch_ahead<64>(row + b);
+  }
+
+  TileRows rows_;
+  TileRows later_;
   int64_t row_bytes_;
   int64_t share_;
   int64_t rows_per_page_;
-  int64_t rows_to_page_ = 1;
+  int64_t left_;       // rows not asked for yet
+  int64_t first_ = 0;  // place within the memory pages of this round
+  int64_t row_ = 0;
+  int64_t later_row_ = 0;
+  int64_t rows_to_later_ = 1;
 };
 
 // Rows of T as rows of fp32, for machines that cannot multiply T.
