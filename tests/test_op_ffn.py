@@ -105,6 +105,16 @@ def test_few_rows_do_not_depend_on_threads_or_on_each_other(isa: str) -> None:
         assert torch.equal(ffn.run(list(range(48)))[:48], alone[:48])
 
 
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("packed", [True, False])
+def test_many_rows(isa: str, packed: bool) -> None:
+    ffn = Ffn(300, 64, 2080, torch.bfloat16)
+    rows = list(range(290))
+    with use_isa(isa):
+        out = ffn.run(rows, packed)
+    assert_close(out[rows], ffn.exact(torch.float64)[rows], ffn.exact(torch.bfloat16)[rows])
+
+
 def test_weights_may_be_views() -> None:
     ffn = Ffn(8, 64, 96, torch.float32)
     want = ffn.run([1, 2], packed=False)
@@ -115,7 +125,7 @@ def test_weights_may_be_views() -> None:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("rows", [1024, 1025, 2500])
+@pytest.mark.parametrize("rows", [2048, 2049, 4500])
 def test_more_rows_than_one_pass_takes(rows: int, packed: bool) -> None:
     ffn = Ffn(rows, 16, 24, torch.float32)
     out = ffn.run(list(range(rows)), packed)

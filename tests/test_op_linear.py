@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_case import DTYPES, assert_close, isas, raises, use_isa
+from paged_case import DTYPES, assert_close, isas, raises, use_isa, use_threads
 from torch import Tensor
 
 from redknot import ops
@@ -73,6 +73,40 @@ def test_norm_bias_and_selection(isa: str, dtype: torch.dtype, in_dim: int, out_
 @pytest.mark.parametrize("rows", [[], [5], list(range(64)), list(range(65))])
 def test_none_one_few_and_more(rows: list[int]) -> None:
     Linear(70, 64, 96, torch.float32).expect_right(rows, norm=True, bias=True)
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("in_dim", [32, 512, 544, 1120])
+def test_many_rows(isa: str, in_dim: int) -> None:
+    # Whole blocks of rows, columns and depth on tiles, and parts of them.
+    with use_isa(isa):
+        Linear(512, in_dim, 2048, torch.bfloat16).expect_right()
+        linear = Linear(301, in_dim, 2080, torch.bfloat16)
+        linear.expect_right(bias=True)
+        linear.expect_right(list(range(300, 0, -1)), norm=True)
+
+
+@pytest.mark.parametrize("isa", [isa for isa in isas() if isa == "amx"])
+def test_many_rows_do_not_depend_on_threads_or_on_each_other(isa: str) -> None:
+    linear = Linear(600, 1120, 2336, torch.bfloat16)
+    with use_isa(isa):
+        with use_threads(1):
+            alone = ops.gathered_linear(linear.x, linear.weight)
+        for threads in (2, 3, 4):
+            with use_threads(threads):
+                assert torch.equal(ops.gathered_linear(linear.x, linear.weight), alone)
+        assert torch.equal(ops.gathered_linear(linear.x[40:340], linear.weight), alone[40:340])
+
+
+@pytest.mark.parametrize("isa", isas())
+def test_more_rows_than_are_packed_at_once(isa: str) -> None:
+    linear = Linear(1100, 16416, 2048, torch.bfloat16)  # 32 MiB are 768 rows
+    columns = [0, 1, 1023, 2047]
+    with use_isa(isa):
+        out = ops.gathered_linear(linear.x, linear.weight)
+    weight = linear.weight[columns]
+    want = linear.x.double() @ weight.double().T
+    assert_close(out[:, columns], want, linear.x @ weight.T)
 
 
 def test_more_indices_than_rows() -> None:

@@ -46,8 +46,15 @@ struct Kernels {
   void (*gated_activation)(const GatedActivationParams& params, int64_t begin, int64_t end);
   void (*add_bias)(const AddBiasParams& params, int64_t begin, int64_t end);
   void (*scatter_add)(const ScatterAddParams& params, int64_t begin, int64_t end);
-  bool (*takes_few_rows)(const FewRowLinearParams& params);
-  void (*few_row_linear)(const FewRowLinearParams& params, int64_t begin, int64_t end);
+  bool (*takes_few_rows)(const LinearParams& params);
+  void (*few_row_linear)(const LinearParams& params, int64_t begin, int64_t end);
+  int64_t many_rows_block;
+  bool (*takes_many_rows)(const LinearParams& params);
+  int64_t (*packed_row_bytes)(const LinearParams& params);
+  void (*pack_many_rows)(const LinearParams& params, void* packed, int64_t begin, int64_t end);
+  int64_t (*many_rows_scratch_bytes)(const LinearParams& params, int64_t columns);
+  void (*many_row_linear)(
+      const LinearParams& params, const void* packed, void* scratch, int64_t begin, int64_t end);
   int64_t (*dot_roof)(int64_t num_rounds, DType dtype);
   float (*read_roof)(const void* data, int64_t num_bytes);
 };

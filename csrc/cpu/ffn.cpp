@@ -20,15 +20,6 @@ void gather_norm(const GatherNormParams& params, const Executor& executor) {
   });
 }
 
-bool few_row_linear(const FewRowLinearParams& params, const Executor& executor) {
-  if (!kernels().takes_few_rows(params)) return false;
-  constexpr int64_t kBlockColumns = 16;
-  executor.parallel_for(params.out_dim / kBlockColumns, 1, [&](int64_t begin, int64_t end) {
-    kernels().few_row_linear(params, begin, end);
-  });
-  return true;
-}
-
 void gated_activation(const GatedActivationParams& params, const Executor& executor) {
   executor.parallel_for(params.num_rows, grain(params.ffn_dim), [&](int64_t begin, int64_t end) {
     kernels().gated_activation(params, begin, end);

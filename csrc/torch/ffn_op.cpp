@@ -94,9 +94,9 @@ RmsNormCall rms_norm_call(const Arguments& args,
 namespace {
 
 // Rows per pass at most: enough for the GEMMs to run at full speed, few enough that the workspace
-// stays below 2 * ffn_dim + hidden_dim elements of 1024 rows (3 * ffn_dim when gate and up are
+// stays below 2 * ffn_dim + hidden_dim elements of 2048 rows (3 * ffn_dim when gate and up are
 // one).
-constexpr int64_t kMaxChunkRows = 1024;
+constexpr int64_t kMaxChunkRows = 2048;
 
 // Passes of equal size: a short last one would cost more than its rows. In steps of 16, the rows of
 // a GEMM's tile.

@@ -63,7 +63,7 @@ void matmul_into(const Tensor& x, const Tensor& w, const Tensor& out) {
 }  // namespace
 
 void linear_on_cpu(DType dtype, const Tensor& x, const Tensor& w, const Tensor& out) {
-  const bool done = cpu::few_row_linear(
+  const bool done = cpu::linear(
       {
           .x = x.data_ptr(),
           .w = w.data_ptr(),

@@ -22,8 +22,8 @@ void token_importance(const TokenImportanceParams& params, const Executor& execu
 void select_tokens(const SelectTokensParams& params, const Executor& executor);
 void merge_states(const MergeStatesParams& params, const Executor& executor);
 void gather_norm(const GatherNormParams& params, const Executor& executor);
-// False where the sizes are not for it; nothing is done then.
-bool few_row_linear(const FewRowLinearParams& params, const Executor& executor);
+// False where a library's product is faster or the only one; nothing is done then.
+bool linear(const LinearParams& params, const Executor& executor);
 void gated_activation(const GatedActivationParams& params, const Executor& executor);
 void add_bias(const AddBiasParams& params, const Executor& executor);
 void scatter_add(const ScatterAddParams& params, const Executor& executor);

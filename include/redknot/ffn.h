@@ -71,8 +71,8 @@ struct GatherNormParams {
   DType dtype = DType::kFloat32;
 };
 
-// out = x w^T for so few rows that reading the weights once is what it costs.
-struct FewRowLinearParams {
+// out = x w^T.
+struct LinearParams {
   const void* x = nullptr;  // [num_rows, in_dim], contiguous
   const void* w = nullptr;  // [out_dim, in_dim]
   void* out = nullptr;      // [num_rows, out_dim]

@@ -47,7 +47,7 @@ inline float sum_of_lanes(Vec x) {
 }
 
 template <typename T, int Rows>
-void block(const FewRowLinearParams& params,
+void block(const LinearParams& params,
            const typename Operands<T>::X* x,
            int64_t first_row,
            int64_t column) {
@@ -73,7 +73,7 @@ void block(const FewRowLinearParams& params,
 }
 
 template <typename T>
-void columns(const FewRowLinearParams& params,
+void columns(const LinearParams& params,
              const typename Operands<T>::X* x,
              int64_t first_row,
              int64_t rows,
@@ -98,7 +98,7 @@ void columns(const FewRowLinearParams& params,
 
 // x in the type that it is multiplied in: itself, or an fp32 copy of this thread's.
 template <typename T>
-const typename Operands<T>::X* operand(const FewRowLinearParams& params) {
+const typename Operands<T>::X* operand(const LinearParams& params) {
   using X = typename Operands<T>::X;
   if constexpr (sizeof(X) == sizeof(T)) {
     return static_cast<const X*>(params.x);
@@ -119,7 +119,7 @@ constexpr int64_t kTileColumns = 32;
 constexpr int64_t kMinTileRows = 5;  // fewer are as fast on vectors, without the packing
 constexpr int64_t kAheadBytes = 1024;
 
-void pack_inputs(const FewRowLinearParams& params, int64_t row_tiles, char* packed) {
+void pack_inputs(const LinearParams& params, int64_t row_tiles, char* packed) {
   const auto* x = static_cast<const BFloat16*>(params.x);
   const auto lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const auto offset =
@@ -140,7 +140,7 @@ void pack_inputs(const FewRowLinearParams& params, int64_t row_tiles, char* pack
 
 // 16 columns of the output for all rows of x; Tiles of 16 rows.
 template <int Tiles>
-void tile_block(const FewRowLinearParams& params, const char* packed, int64_t column) {
+void tile_block(const LinearParams& params, const char* packed, int64_t column) {
   const auto* w = static_cast<const char*>(params.w) + column * params.w_stride * 2;
   const int64_t stride = params.w_stride * 2;
   tile_zero<0>();
@@ -179,7 +179,7 @@ void tile_block(const FewRowLinearParams& params, const char* packed, int64_t co
   }
 }
 
-void tiled(const FewRowLinearParams& params, int64_t begin, int64_t end) {
+void tiled(const LinearParams& params, int64_t begin, int64_t end) {
   const int64_t row_tiles = (params.num_rows + kTileRows - 1) / kTileRows;
   auto* packed =
       static_cast<char*>(thread_scratch(params.in_dim / kTileColumns * row_tiles * kTileBytes));
@@ -195,12 +195,12 @@ void tiled(const FewRowLinearParams& params, int64_t begin, int64_t end) {
 
 }  // namespace
 
-bool takes_few_rows(const FewRowLinearParams& params) {
+bool takes_few_rows(const LinearParams& params) {
   return params.num_rows >= 1 && params.num_rows <= kLimit && params.out_dim % kBlockColumns == 0 &&
          params.in_dim % 32 == 0;  // a whole number of vectors or tiles on every instruction set
 }
 
-void few_row_linear(const FewRowLinearParams& params, int64_t begin, int64_t end) {
+void few_row_linear(const LinearParams& params, int64_t begin, int64_t end) {
 #if defined(REDKNOT_ISA_AMX)
   if (params.dtype == DType::kBFloat16 && params.num_rows >= kMinTileRows) {
     return tiled(params, begin, end);

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "few_rows.h"
+#include "many_rows.h"
 #include "roofs.h"
 
 namespace redknot::cpu::REDKNOT_ISA {
@@ -19,6 +20,12 @@ const Kernels kKernels = {
     .scatter_add = scatter_add,
     .takes_few_rows = takes_few_rows,
     .few_row_linear = few_row_linear,
+    .many_rows_block = kManyRowsBlock,
+    .takes_many_rows = takes_many_rows,
+    .packed_row_bytes = packed_row_bytes,
+    .pack_many_rows = pack_many_rows,
+    .many_rows_scratch_bytes = many_rows_scratch_bytes,
+    .many_row_linear = many_row_linear,
     .dot_roof = dot_roof,
     .read_roof = read_roof,
 };

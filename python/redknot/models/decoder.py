@@ -24,7 +24,7 @@ __all__ = ["Decoder"]
 
 # Rows that pass an FFN at once: bounds the [rows, ffn_dim] workspace, large enough for the GEMMs.
 _FFN_CHUNK_ROWS = 4096
-# Up to so many rows of bf16 `gathered_linear` is faster than torch's product (`redknot bench ffn`).
+# The rows that `gathered_linear` is made for on CUDA; on the CPU it takes any number.
 _FEW_ROWS = 64
 # Classes whose modules the fused operators stand for, as torch and transformers name them.
 _SILU = {"SiLU", "SiLUActivation"}
@@ -290,14 +290,11 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def _linear(module: Any, x: Tensor) -> Tensor:
-    """A projection of rows [num_rows, in_dim], in bf16 by the operator for it where that is faster.
-
-    For few rows it reads the weights once; for many, on the CPU, its result lies in huge pages.
-    """
+    """A projection of rows [num_rows, in_dim]; in bf16 by the operator made for such rows."""
     if (
         x.dtype is torch.bfloat16
         and _is_plain_linear(module)
-        and (len(x) <= _FEW_ROWS or (x.device.type == "cpu" and module.bias is None))
+        and (len(x) <= _FEW_ROWS or x.device.type == "cpu")
         and module.in_features % 32 == module.out_features % 16 == 0
     ):
         return ops.gathered_linear(x, module.weight, module.bias)
