@@ -18,6 +18,8 @@
 
 #include "amx_exp2.h"
 #include "amx_keys.h"
+#include "amx_panels.h"
+#include "amx_products.h"
 
 namespace redknot::cpu::REDKNOT_ISA {
 
@@ -27,11 +29,11 @@ class AmxAttention {
 
  public:
   static int64_t scratch_floats(int64_t rows, int64_t head_dim) {
-    const int64_t lanes = lanes_of(rows);
+    const int64_t panels = AmxPanels<T>::count_of(rows);
     const int64_t padded = StagedKeys::padded_dim(head_dim);
-    return PanelState::scratch_floats(lanes) + lanes / kWidth * kStepFloats +
-           lanes * (padded / 2 + padded) + 2 * kUnitKeys * kWidth + kChunkKeys / 2 * kWidth +
-           kWidth + StagedKeys::scratch_floats(padded) + kLanes * padded;
+    return PanelState::scratch_floats(panels * kWidth) + StagedKeys::scratch_floats(padded) +
+           AmxPanels<T>::scratch_floats(rows, padded) + panels * kStepFloats +
+           2 * kUnitKeys * kWidth + kChunkKeys / 2 * kWidth + kWidth;
   }
 
   AmxAttention(const SegPagedAttentionParams& params, const Queries<T>& queries, float* scratch)
@@ -48,20 +50,16 @@ class AmxAttention {
         scale_(q_factor_ == 0.0f       ? 1.0f
                : params.softcap > 0.0f ? params.softcap * kLog2e
                                        : q_factor_ * params.softmax_scale * kLog2e),
-        num_panels_(lanes_of(queries.rows()) / kWidth),
         carver_(scratch),
-        state_(queries, num_panels_ * kWidth, carver_),
-        staged_(head_dim_, carver_) {
-    steps_ = reinterpret_cast<Step*>(carver_.take(num_panels_ * kStepFloats));
-    q_ = carver_.take(num_panels_ * kWidth * padded_ / 2);
-    out_ = carver_.take(num_panels_ * kWidth * padded_);
+        state_(queries, AmxPanels<T>::count_of(queries.rows()) * kWidth, carver_),
+        staged_(head_dim_, carver_),
+        panels_(queries, head_dim_, padded_, q_factor_, carver_) {
+    steps_ = reinterpret_cast<Step*>(carver_.take(panels_.count() * kStepFloats));
     scores_ = carver_.take(2 * kUnitKeys * kWidth);
     weights_ = carver_.take(kChunkKeys / 2 * kWidth);
     rescale_ = carver_.take(kWidth);
-    rows_ = carver_.take(kLanes * padded_);
-    std::memset(out_, 0, num_panels_ * kWidth * padded_ * sizeof(float));
     // Lanes without a query row have a maximum, so that nobody waits for their first key.
-    for (int64_t m = queries.rows(); m < num_panels_ * kWidth; ++m) state_.max[m] = 0.0f;
+    for (int64_t m = queries.rows(); m < panels_.count() * kWidth; ++m) state_.max[m] = 0.0f;
   }
 
   void consume(const KeyTile& tile, const KeyTile*) {
@@ -75,7 +73,7 @@ class AmxAttention {
       const Vec sum = load(state_.sum + m);
       return sum == Vec{} ? Vec{} : broadcast(1.0f) / sum;
     };
-    for_each_row(share, [&](int64_t m, int64_t d, int64_t count, Vec out) {
+    panels_.for_each_row(share, [&](int64_t m, int64_t d, int64_t count, Vec out) {
       if (count == kLanes) {
         store(queries_.out(m) + d, out);
       } else {
@@ -90,7 +88,7 @@ class AmxAttention {
   void write_partial(const Partial& partial) {
     finish();
     const auto one = [](int64_t) { return broadcast(1.0f); };
-    for_each_row(one, [&](int64_t m, int64_t d, int64_t count, Vec sums) {
+    panels_.for_each_row(one, [&](int64_t m, int64_t d, int64_t count, Vec sums) {
       store_partial(partial.sums + m * head_dim_ + d, sums, count);
     });
     std::memcpy(partial.max, state_.max, queries_.rows() * sizeof(float));
@@ -98,10 +96,9 @@ class AmxAttention {
   }
 
  private:
-  static constexpr int kVecs = 2;                // vectors of a panel
-  static constexpr int kWidth = kVecs * kLanes;  // query rows of a panel
-  static constexpr int kChunkKeys = 256;         // between two visits to the sums
-  static constexpr int kRowBytes = kWidth * 4;
+  static constexpr int kVecs = kPanelVecs;
+  static constexpr int kWidth = kPanelWidth;
+  static constexpr int kChunkKeys = 256;  // between two visits to the sums
   // Weights may grow to 2^8 before older sums are scaled down to a new maximum: rarely. fp32 sums
   // and bf16 weights lose nothing by it.
   static constexpr float kSlack = 8.0f;
@@ -115,62 +112,6 @@ class AmxAttention {
     int32_t end_unit() const { return (end + kUnitKeys - 1) / kUnitKeys; }
   };
   static constexpr int64_t kStepFloats = sizeof(Step) / sizeof(float);
-
-  static int64_t lanes_of(int64_t rows) { return (rows + kWidth - 1) / kWidth * kWidth; }
-
-  // --- queries and results ----------------------------------------------------------------------
-
-  // Per panel the words [padded / 2, kWidth] of B tiles.
-  void pack_queries(int32_t offset) {
-    ready_ = true;
-    offset_ = offset;
-    const int64_t depth = padded_ / 2;
-    // Rows that need no change are read where they lie.
-    const bool as_given = offset == 0 && q_factor_ == 1.0f && head_dim_ == padded_;
-    for (int64_t m = 0; m < num_panels_ * kWidth; m += kLanes) {
-      const float* words_of[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        float* row = rows_ + i * padded_;
-        words_of[i] = row;
-        if (m + i >= queries_.rows()) {
-          std::memset(row, 0, padded_ * sizeof(float));
-        } else if (as_given) {
-          words_of[i] = reinterpret_cast<const float*>(queries_.given(m + i));
-        } else {
-          queries_.read(m + i, offset, row);
-          // In place: bf16 is written behind what is still to be read.
-          convert_row(row, head_dim_, q_factor_, reinterpret_cast<BFloat16*>(row));
-          std::memset(reinterpret_cast<BFloat16*>(row) + head_dim_, 0, 2 * (padded_ - head_dim_));
-        }
-      }
-      float* panel = q_ + m / kWidth * kWidth * depth + m % kWidth;
-      for (int64_t d = 0; d < depth; d += kLanes) {
-        Vec words[kLanes];
-        for (int i = 0; i < kLanes; ++i) words[i] = load(words_of[i] + d);
-        transpose(words);
-        for (int i = 0; i < kLanes; ++i) store(panel + (d + i) * kWidth, words[i]);
-      }
-    }
-  }
-
-  // Calls visit(m, d, count, sums of row m at dimensions d .. d + count, times its factor);
-  // factors(m) are those of rows m .. m + kLanes.
-  template <typename Factors, typename Visit>
-  void for_each_row(Factors&& factors, Visit&& visit) const {
-    for (int64_t m = 0; m < queries_.rows(); m += kLanes) {
-      const float* panel = out_ + m / kWidth * kWidth * padded_ + m % kWidth;
-      const int64_t rows = std::min<int64_t>(kLanes, queries_.rows() - m);
-      const Vec factor = factors(m);
-      for (int64_t d = 0; d < head_dim_; d += kLanes) {
-        Vec sums[kLanes];
-        for (int i = 0; i < kLanes; ++i) sums[i] = load(panel + (d + i) * kWidth) * factor;
-        transpose(sums);
-        for (int64_t i = 0; i < rows; ++i) {
-          visit(m + i, d, std::min<int64_t>(kLanes, head_dim_ - d), sums[i]);
-        }
-      }
-    }
-  }
 
   // --- keys -------------------------------------------------------------------------------------
 
@@ -186,9 +127,9 @@ class AmxAttention {
   }
 
   void attend(const KeyList& keys, const KeyList& next) {
-    if (!ready_ || keys.offset != offset_) pack_queries(keys.offset);
     const int num_steps = list_steps(keys);
     if (num_steps == 0) return;
+    panels_.turn_to(keys.offset);
     staged_.stage(keys);
     Idle idle;
     score_unit(steps_[0], steps_[0].first_unit(), idle);
@@ -200,7 +141,7 @@ class AmxAttention {
 
   int list_steps(const KeyList& keys) {
     int num_steps = 0;
-    for (int64_t p = 0; p < num_panels_; ++p) {
+    for (int64_t p = 0; p < panels_.count(); ++p) {
       if (classify(keys.positions[0], keys.positions[keys.count - 1], p) == TileClass::kSkip) {
         continue;
       }
@@ -240,7 +181,7 @@ class AmxAttention {
     zero_results();
     mac_tiles(staged_.keys(unit, 0),
               staged_.keys(unit, 1),
-              q_ + step.panel * kWidth * padded_ / 2,
+              panels_.queries(step.panel),
               padded_ / 32,
               work);
     store_results(scores_ + scored_ * kUnitKeys * kWidth);
@@ -248,62 +189,14 @@ class AmxAttention {
 
   // Adds the weighed values of units [begin, end) to the sums of a panel.
   void add_values(const Step& step, int begin, int end) {
-    float* out = out_ + step.panel * padded_ * kWidth;
-    if (rescaled_) rescale_rows(out);
+    float* out = panels_.sums(step.panel);
+    if (rescaled_) panels_.rescale(step.panel, rescale_);
     Idle idle;
     for (int64_t d = 0; d < padded_; d += 32) {
       load_results(out + d * kWidth);
       mac_tiles(
           staged_.values(d, begin), staged_.values(d + 16, begin), weights_, end - begin, idle);
       store_results(out + d * kWidth);
-    }
-  }
-
-  // Results [32, kWidth] in tiles 0 to 3.
-  static void zero_results() {
-    tile_zero<0>();
-    tile_zero<1>();
-    tile_zero<2>();
-    tile_zero<3>();
-  }
-  static void load_results(const float* results) {
-    tile_load<0>(results, kRowBytes);
-    tile_load<1>(results + 16, kRowBytes);
-    tile_load<2>(results + 16 * kWidth, kRowBytes);
-    tile_load<3>(results + 16 * kWidth + 16, kRowBytes);
-  }
-  static void store_results(float* results) {
-    tile_store<0>(results, kRowBytes);
-    tile_store<1>(results + 16, kRowBytes);
-    tile_store<2>(results + 16 * kWidth, kRowBytes);
-    tile_store<3>(results + 16 * kWidth + 16, kRowBytes);
-  }
-
-  // Results += two rows of A tiles times `depth` rows of two B tiles.
-  template <typename Work>
-  [[gnu::always_inline]] static void mac_tiles(
-      const char* a0, const char* a1, const float* b, int64_t depth, Work& work) {
-    for (int64_t i = 0; i < depth; ++i) {
-      tile_load_past_l1<4>(a0 + i * kTileBytes, 64);
-      tile_load_past_l1<5>(a1 + i * kTileBytes, 64);
-      tile_load<6>(b + i * 16 * kWidth, kRowBytes);
-      tile_load<7>(b + i * 16 * kWidth + 16, kRowBytes);
-      tile_mac<0, 4, 6>();
-      work.advance();
-      tile_mac<1, 4, 7>();
-      work.advance();
-      tile_mac<2, 5, 6>();
-      work.advance();
-      tile_mac<3, 5, 7>();
-      work.advance();
-    }
-  }
-
-  void rescale_rows(float* out) const {
-    for (int64_t d = 0; d < padded_; ++d) {
-      for (int c = 0; c < kWidth; c += kLanes) {
-        store(out + d * kWidth + c, load(out + d * kWidth + c) * load(rescale_ + c));
-      }
     }
   }
 
@@ -386,10 +279,6 @@ class AmxAttention {
     return _mm512_cmp_ps_mask((__m512)base_[0], _mm512_set1_ps(-kInf), _CMP_EQ_OQ) == 0 &&
            _mm512_cmp_ps_mask((__m512)base_[1], _mm512_set1_ps(-kInf), _CMP_EQ_OQ) == 0;
   }
-
-  struct Idle {
-    void advance() {}
-  };
 
   // What the vector units do between tile instructions: weights 2^(score * scale - base) of scores
   // that all are seen and not far from the base, two keys at a time.
@@ -486,24 +375,19 @@ class AmxAttention {
   float q_factor_;
   float cap_scale_;  // of a product inside tanh; 0: no cap
   float scale_;
-  int64_t num_panels_;
   Carver carver_;
   PanelState state_;
   StagedKeys staged_;
+  AmxPanels<T> panels_;
   KeyList lists_[2];
   KeyList* full_ = &lists_[0];
   KeyList* filling_ = &lists_[1];
   AmxTiles tiles_;
   int scored_ = 0;  // the buffer of scores that was filled last
-  bool ready_ = false;
-  int32_t offset_ = 0;
   Step* steps_;     // [panels]
-  float* q_;        // [panels, padded / 2, kWidth] words
-  float* out_;      // [panels, padded, kWidth]
   float* scores_;   // [2, kUnitKeys, kWidth]
   float* weights_;  // [kChunkKeys / 2, kWidth] words
   float* rescale_;  // [kWidth]
-  float* rows_;     // [kLanes, padded]
   bool rescaled_ = false;
   Vec base_[kVecs];  // of the panel being weighed
   Vec sums_[kVecs];

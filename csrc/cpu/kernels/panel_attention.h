@@ -114,10 +114,7 @@ class PanelAttention {
     offset_ = offset;
     std::memset(q_, 0, num_panels_ * kPanelRows * depth_ * sizeof(float));
     for (int64_t m = 0; m < queries_.rows(); ++m) {
-      queries_.read(m, offset, row_);
-      // In place: a row of words is never longer than the row of fp32 it is made from.
-      auto* elements = reinterpret_cast<typename Mac::Element*>(row_);
-      if constexpr (Mac::kPerWord > 1) convert_row(row_, head_dim_, 1.0f, elements);
+      queries_.read(m, offset, reinterpret_cast<typename Mac::Element*>(row_));
       const int64_t stride = width(m / kPanelRows) * kLanes;
       float* column = q_ + m / kPanelRows * kPanelRows * depth_ + m % kPanelRows;
       for (int64_t i = 0; i < depth_; ++i) column[i * stride] = row_[i];

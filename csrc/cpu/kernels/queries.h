@@ -36,10 +36,13 @@ class Queries {
     return static_cast<const T*>(params_.q) + token(m) * params_.q_token_stride +
            head(m) * params_.q_head_stride;
   }
-  // Row m turned by -offset, in fp32.
-  void read(int64_t m, int32_t offset, float* out) const {
-    convert_row(given(m), params_.pool.head_dim, 1.0f, out);
-    if (offset != 0) turn_back(offset, out);
+  // Row m turned by -offset, times `factor`.
+  template <typename Out>
+  void read(int64_t m, int32_t offset, Out* out, float factor = 1.0f) const {
+    const T* x = given(m);
+    const int64_t turned = offset == 0 ? 0 : params_.rotary_dim;
+    if (turned > 0) turn_back(offset, x, factor, out);
+    convert_row(x + turned, params_.pool.head_dim - turned, factor, out + turned);
   }
 
   T* out(int64_t m) const {
@@ -54,7 +57,8 @@ class Queries {
   }
 
  private:
-  void turn_back(int32_t offset, float* x) const {
+  template <typename Out>
+  void turn_back(int32_t offset, const T* x, float factor, Out* out) const {
     int64_t i = 0;
     while (rotations_.offsets[i] != offset) ++i;
     const int64_t half = params_.rotary_dim / 2;
@@ -62,12 +66,20 @@ class Queries {
     const float* sin = rotations_.sin + i * half;
     const int64_t step = params_.rope_interleaved ? 2 : 1;
     const int64_t apart = params_.rope_interleaved ? 1 : half;
-    for (int64_t d = 0; d < half; ++d) {
-      float* pair = x + d * step;
-      const float low = pair[0];
-      const float high = pair[apart];
-      pair[0] = low * cos[d] + high * sin[d];
-      pair[apart] = high * cos[d] - low * sin[d];
+    int64_t d = 0;
+    for (; !params_.rope_interleaved && d + kLanes <= half; d += kLanes) {
+      const Vec low = load(x + d);
+      const Vec high = load(x + half + d);
+      const Vec c = load(cos + d) * factor;
+      const Vec s = load(sin + d) * factor;
+      store(out + d, fma(low, c, high * s));
+      store(out + half + d, fma(high, c, -(low * s)));
+    }
+    for (; d < half; ++d) {
+      const float low = to_float(x[d * step]);
+      const float high = to_float(x[d * step + apart]);
+      from_float(factor * (low * cos[d] + high * sin[d]), out + d * step);
+      from_float(factor * (high * cos[d] - low * sin[d]), out + d * step + apart);
     }
   }
 
