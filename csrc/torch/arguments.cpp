@@ -1,6 +1,6 @@
 #include "arguments.h"
 
-#include <sstream>
+#include <ostream>
 
 namespace redknot::binding {
 namespace {
@@ -33,28 +33,38 @@ ScalarType scalar_type(DType dtype) {
   fail("no torch dtype for DType ", static_cast<int>(dtype));
 }
 
-std::string floating_rule() {
-  std::ostringstream rule;
+// Rules of messages, put into words only once a message is written.
+struct FloatingRule {};
+std::ostream& operator<<(std::ostream& text, FloatingRule) {
   constexpr size_t kCount = std::size(kFloatingTypes);
   for (size_t i = 0; i < kCount; ++i) {
-    rule << (i == 0 ? "" : i + 1 < kCount ? ", " : " or ") << name_of(kFloatingTypes[i].scalar);
+    text << (i == 0 ? "" : i + 1 < kCount ? ", " : " or ") << name_of(kFloatingTypes[i].scalar);
   }
-  return rule.str();
+  return text;
 }
 
-std::string shape_rule(Dims dims) {
-  std::ostringstream rule;
-  rule << "[";
+struct LikeRule {
+  ScalarType dtype;
+  const char* like_name;
+};
+std::ostream& operator<<(std::ostream& text, const LikeRule& rule) {
+  return text << name_of(rule.dtype) << " (like " << rule.like_name << ")";
+}
+
+struct ShapeRule {
+  Dims dims;
+};
+std::ostream& operator<<(std::ostream& text, const ShapeRule& rule) {
+  text << "[";
   const char* separator = "";
-  for (const Dim& dim : dims) {
-    rule << separator;
-    if (dim.name != nullptr) rule << dim.name;
-    if (dim.name != nullptr && dim.size != Dim::kAny) rule << " = ";
-    if (dim.size != Dim::kAny) rule << dim.size;
+  for (const Dim& dim : rule.dims) {
+    text << separator;
+    if (dim.name != nullptr) text << dim.name;
+    if (dim.name != nullptr && dim.size != Dim::kAny) text << " = ";
+    if (dim.size != Dim::kAny) text << dim.size;
     separator = ", ";
   }
-  rule << "]";
-  return rule.str();
+  return text << "]";
 }
 
 bool shape_fits(const Tensor& tensor, Dims dims) {
@@ -96,25 +106,25 @@ const char* name_of(ScalarType dtype) {
   }
 }
 
-std::string describe(const Tensor& tensor) {
-  std::ostringstream text;
+std::ostream& operator<<(std::ostream& text, const Description& description) {
+  const Tensor& tensor = description.tensor;
   text << name_of(tensor.scalar_type()) << " [";
   for (int64_t i = 0; i < tensor.dim(); ++i) text << (i == 0 ? "" : ", ") << tensor.size(i);
-  text << "]";
-  return text.str();
+  return text << "]";
 }
 
+template <typename DTypeRule>
 void Arguments::matches(const char* name,
                         const Tensor& tensor,
                         bool dtype_fits,
-                        const std::string& dtype_rule,
+                        const DTypeRule& dtype_rule,
                         Dims dims) const {
   check(dtype_fits && shape_fits(tensor, dims),
         name,
         " must be ",
         dtype_rule,
         " ",
-        shape_rule(dims),
+        ShapeRule{dims},
         ", got ",
         describe(tensor));
   if (cuda_device_ == kNoCudaDevice) {
@@ -144,17 +154,14 @@ void Arguments::tensor(const char* name, const Tensor& tensor, ScalarType dtype,
 DType Arguments::floating(const char* name, const Tensor& tensor, Dims dims) const {
   DType dtype = DType::kFloat32;
   const bool fits = floating_type(tensor.scalar_type(), &dtype);
-  matches(name, tensor, fits, floating_rule(), dims);
+  matches(name, tensor, fits, FloatingRule{}, dims);
   return dtype;
 }
 
 void Arguments::floating(
     const char* name, const Tensor& tensor, Dims dims, const char* like_name, DType like) const {
-  matches(name,
-          tensor,
-          tensor.scalar_type() == scalar_type(like),
-          std::string(name_of(scalar_type(like))) + " (like " + like_name + ")",
-          dims);
+  const ScalarType dtype = scalar_type(like);
+  matches(name, tensor, tensor.scalar_type() == dtype, LikeRule{dtype, like_name}, dims);
 }
 
 void Arguments::contiguous(const char* name, const Tensor& tensor) const {

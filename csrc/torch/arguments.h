@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
-#include <string>
+#include <ostream>
 
 #include "redknot/check.h"
 #include "redknot/pages.h"
@@ -65,10 +65,11 @@ class Arguments {
   }
 
  private:
+  template <typename DTypeRule>
   void matches(const char* name,
                const Tensor& tensor,
                bool dtype_fits,
-               const std::string& dtype_rule,
+               const DTypeRule& dtype_rule,
                Dims dims) const;
 
   static constexpr int32_t kNoCudaDevice = -1;  // what get_device() says of a CPU tensor
@@ -77,8 +78,13 @@ class Arguments {
   int32_t cuda_device_;
 };
 
-// "int64 [17, 4]"
-std::string describe(const Tensor& tensor);
+// "int64 [17, 4]", once a message is written: every call of an op passes many checks.
+struct Description {
+  const Tensor& tensor;
+};
+inline Description describe(const Tensor& tensor) { return {tensor}; }
+std::ostream& operator<<(std::ostream& text, const Description& description);
+
 const char* name_of(ScalarType dtype);
 
 template <typename T>
