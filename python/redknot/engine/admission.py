@@ -13,7 +13,8 @@ from redknot._memory import OutOfPages
 from redknot.cache import out_of_pages
 from redknot.cache.page_selection import PageSelector
 from redknot.engine.chains import Chain, RecoveredChains, chain_key
-from redknot.engine.documents import DocumentCache, Found, LostPagesError, place
+from redknot.engine.documents import DocumentCache
+from redknot.engine.found import Found, LostPagesError, place
 from redknot.engine.report import explain, explain_shared
 from redknot.engine.results import Prefill
 from redknot.engine.runner import HeadRules, Prompt, Runner

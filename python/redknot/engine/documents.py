@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from redknot._memory import OutOfPages
 from redknot.engine.document_keys import DocumentKeys
+from redknot.engine.found import Found, LostPagesError
 from redknot.engine.needs import DocumentNeed, needs_of
 from redknot.engine.offline import OfflinePass
 from redknot.engine.runner import HeadRules, Runner
@@ -21,30 +21,7 @@ from redknot.errors import BudgetError
 from redknot.recovery import Placement, PromptLayout, RecoveryPlan
 from redknot.store import MemoryStore, Missed, Segment
 
-__all__ = ["DocumentCache", "Found", "LostPagesError", "place"]
-
-_ID_LENGTH = 16  # hex digits of the key that name a document to the user
-
-
-@dataclass(frozen=True)
-class Found:
-    """A segment, where it came from for this request, and why.
-
-    `source` is "cached" (it was in the page pool), "loaded" (from a tier below) or "computed".
-    """
-
-    segment: Segment
-    source: Literal["cached", "loaded", "computed"]
-    reason: str
-
-    @property
-    def computed(self) -> bool:
-        """Whether something had to be computed for it."""
-        return self.source == "computed"
-
-
-class LostPagesError(Exception):
-    """What a request needed of a document could not be read any more; the document was dropped."""
+__all__ = ["DocumentCache"]
 
 
 class DocumentCache(DocumentKeys):
@@ -436,14 +413,3 @@ class DocumentCache(DocumentKeys):
         self.tiers.save(segment)
         reason = f"cached without hidden states of layer {hidden_layer}, they were computed now"
         return Found(segment, "computed", reason)
-
-
-def place(prefix_end: int, segments: Sequence[Segment | Outline]) -> tuple[Placement, ...]:
-    """Documents one behind the other behind the prefix; the first may be at home, so exact."""
-    placements, begin = [], prefix_end
-    for number, segment in enumerate(segments):
-        end = begin + segment.num_tokens
-        offset = begin - segment.first_position
-        placements.append(Placement(begin, end, offset, exact=number == 0 and offset == 0))
-        begin = end
-    return tuple(placements)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from redknot.engine.documents import Found
+from redknot.engine.found import Found
 from redknot.engine.results import DocumentReport, Explanation, LiveRange
 from redknot.engine.runner import HeadRules, LayerTrace
 from redknot.recovery import Placement, PromptLayout
