@@ -151,6 +151,7 @@ def test_rows_that_are_picked_are_read_after_the_pick(tmp_path, monkeypatch):
     order = [3, 0, 1, 2]
     with span_engine(url) as engine:
         expected = answer(engine, order)
+        assert engine.flush()
         everything = sum(engine.store.tiers[0].backend.sizes("d/", 5.0).values())
     with span_engine(url) as engine:
         [tier] = engine.store.tiers
