@@ -133,7 +133,7 @@ if [[ -n $dry_run ]]; then
 fi
 if command -v ncu >/dev/null && ((SECONDS < limit_s - 20)); then
   echo "=== ncu"
-  timeout --kill-after 5 60 ncu --kernel-name regex:attend_kernel \
+  timeout --kill-after 5 60 ncu --kernel-name 'regex:(attend|decode)_kernel' \
     --section SpeedOfLight --section MemoryWorkloadAnalysis --section ComputeWorkloadAnalysis \
     --section Occupancy --section LaunchStats --section WarpStateStats \
     "$python" - >"$out/ncu.log" 2>&1 <<'PY'

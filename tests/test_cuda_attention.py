@@ -84,9 +84,12 @@ def test_many_tiles_and_splits(dtype: torch.dtype, head_dim: int) -> None:
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("page_size", [16, 24, 128])
+@pytest.mark.parametrize("page_size", [8, 16, 24, 128])
+@pytest.mark.parametrize(
+    "queries", [range(380, 510), range(506, 510), [509]], ids=["prefill", "verify", "decode"]
+)
 def test_small_kernels_of_both_architectures_agree(
-    dtype: torch.dtype, head_dim: int, page_size: int
+    dtype: torch.dtype, head_dim: int, page_size: int, queries: Sequence[int]
 ) -> None:
     if not is_hopper(DEVICE):
         pytest.skip("this GPU has only one of them")
@@ -94,7 +97,7 @@ def test_small_kernels_of_both_architectures_agree(
     inv_freq = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
     rows = paged_rows(
         [document, [(0, 64, 0), (400, 110, 0)]],
-        [range(380, 510)],
+        [queries],
         group=4,
         head_dim=head_dim,
         page_size=page_size,

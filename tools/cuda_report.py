@@ -79,6 +79,16 @@ RULES = (
         max_registers=168,
         forbidden=("HMMA", "LDGSTS", "LDSM"),
     ),
+    # As many blocks of 160 threads per SM as their stages let in: three, two, one.
+    *(
+        Rule(
+            rf"^hopper_decode_kernel<\w+, {head_dim}>",
+            ("HMMA", "LDSM", "UTMALDG", "SYNCS"),
+            max_registers=registers,
+            forbidden=("HGMMA", "LDGSTS"),
+        )
+        for head_dim, registers in ((64, 128), (128, 200), (256, 224))
+    ),
     Rule(r"^plan_kernel", (), max_registers=64),
     Rule(r"^token_importance_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128",)),
     Rule(r"^merge_states_kernel<(float, 4|__nv_bfloat16, 8|__half, 8)>", ("LDG.128", "STG.128")),

@@ -11,11 +11,12 @@
 #include "check.h"
 #include "cuda/attention/attend.cuh"
 #include "cuda/attention/hopper_attend.cuh"
+#include "cuda/attention/hopper_decode.cuh"
 #include "plan_reference.hpp"
 
 namespace redknot::gpu {
 
-// attention_test.cpp is built twice: once for each of the two prefill kernels.
+// attention_test.cpp is built twice: for the kernels of sm_80, and for those of Hopper.
 #ifdef RK_TEST_HOPPER
 constexpr bool kOnHopper = true;
 #else
@@ -91,12 +92,26 @@ class PagedAttention {
     simt::Buffer<float> lse("lse", num_q_heads_ * num_tokens);
     const SegPagedAttentionParams params = make_params(plan, workspace, out, lse);
     const PlanShape shape(input);
-    if constexpr (kOnHopper && !kIsCompact && has_hopper_prefill(kHeadDim)) {
-      launch_hopper(params, shape, schedule, num_blocks);
+    if constexpr (kOnHopper && !kIsCompact && has_hopper_attention(kHeadDim)) {
+      const auto run = [&](auto kernel, int block_chunks, int threads, size_t smem) {
+        HopperParams hopper{{}, {}, {}, {}, {}, params, shape, ScoreScale(params), 0};
+        if (!fill_hopper_params(params, block_chunks, &hopper)) throw simt::Error("no tensor map");
+        simt::launch({{num_blocks}, {static_cast<unsigned>(threads)}, smem, schedule},
+                     [&] { kernel(hopper); });
+      };
+      using Decode = HopperDecodeShape<kHeadDim>;
+      run(&hopper_attend_kernel<T, kHeadDim>,
+          HopperShape<kHeadDim>::kChunks,
+          kHopperThreads,
+          sizeof(HopperShared<T, kHeadDim>));
+      run(&hopper_decode_kernel<T, kHeadDim>,
+          Decode::kChunks,
+          Decode::kThreads,
+          sizeof(HopperDecodeShared<T, kHeadDim>));
     } else {
       launch<true, kIsCompact>(params, shape, schedule, num_blocks);
+      launch<false>(params, shape, schedule, num_blocks);
     }
-    launch<false>(params, shape, schedule, num_blocks);
     simt::launch({{num_blocks}, {128}, 0, schedule},
                  [&] { merge_splits_kernel<T, kHeadDim>(params, shape); });
     result_.assign(out.begin(), out.end());
@@ -122,16 +137,6 @@ class PagedAttention {
     simt::launch({{num_blocks}, {Shape::kThreads}, smem, schedule}, [&] {
       attend_kernel<T, kHeadDim, kIsPrefill, kIsCompact>(params, shape, ScoreScale(params));
     });
-  }
-
-  void launch_hopper(const SegPagedAttentionParams& params,
-                     const PlanShape& shape,
-                     const simt::Schedule& schedule,
-                     unsigned num_blocks) {
-    HopperParams hopper{{}, {}, {}, {}, {}, params, shape, ScoreScale(params), 0};
-    if (!fill_hopper_params<kHeadDim>(params, &hopper)) throw simt::Error("no tensor map");
-    simt::launch({{num_blocks}, {kHopperThreads}, sizeof(HopperShared<T, kHeadDim>), schedule},
-                 [&] { hopper_attend_kernel<T, kHeadDim>(hopper); });
   }
 
   GpuPlanInput plan_input() {
@@ -321,7 +326,7 @@ constexpr double kTolerance = 0.02;
 
 template <typename T, int kHeadDim, bool kIsCompact = false>
 void expect_right(const Case& c) {
-  if (kOnHopper && !has_hopper_prefill(kHeadDim)) return;  // it has no other kernel than sm_80's
+  if (kOnHopper && !has_hopper_attention(kHeadDim)) return;  // it has no other kernel than sm_80's
   PagedAttention<T, kHeadDim> attention(c);
   for (const simt::Schedule& schedule : simt::kSchedules) {
     const double error = attention.template error<kIsCompact>(schedule);

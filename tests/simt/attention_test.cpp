@@ -98,6 +98,21 @@ TEST(segments_that_moved) {
   expect_right<BF16, 128>({.rows = {{{0, 20}, {20, 60, 100000}}}, .q_positions = {range(60, 80)}});
 }
 
+// A block of threads takes several of them; queries fill the tile and are turned between blocks of
+// keys that all warps share.
+TEST(decode_items_that_follow_each_other) {
+  const std::vector<Run> moved = {{0, 70, 20}, {70, 90, -31}, {160, 128, 7}, {288, 10}};
+  const std::vector<Run> local = {{0, 4}, {200, 98}};
+  for (const int32_t group : {8, 16}) {
+    expect_right<BF16, 64>({.rows = {moved, local, local, moved, moved, moved, local, moved},
+                            .q_positions = {{297}, {297}, {250}, {299}},
+                            .group = group,
+                            .page_size = 32,
+                            .window = {kGlobalWindow, 90, 40, kGlobalWindow},
+                            .sink = {0, 4}});
+  }
+}
+
 TEST(interleaved_pairs_that_moved) {
   for (const int32_t rotary_dim : {64, 24}) {
     expect_right<BF16, 64>({.rows = {{{0, 10}, {10, 70, 10}}, {{0, 4}, {60, 40, -33}}},

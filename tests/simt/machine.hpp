@@ -19,8 +19,16 @@ struct PendingCopy {
   uint64_t group;
 };
 
+std::string name_of(const Where& where);
+void install_fault_handler();
+
 // --- sm_90
 // ----------------------------------------------------------------------------------------
+// Where the dynamic part of shared memory begins on the hardware.
+constexpr uint32_t kFirstAddress = 1024;
+constexpr uint32_t kRowBytes = 128;  // of the swizzle
+constexpr int kWarpgroup = 128;
+
 struct PendingProduct {
   Product product;
   uint32_t a[4];
@@ -129,7 +137,7 @@ class Machine {
 
   std::map<const char*, Region*> regions;  // by begin
 
-  // sm90.cpp
+  // sm90.cpp, wgmma.cpp
   void start_block_sm90();
   bool end_something();
   void end_products(size_t warpgroup);
@@ -171,5 +179,9 @@ class Machine {
   std::string fault_;
   void* tsan_scheduler_ = nullptr;
 };
+
+[[noreturn]] inline void refuse(const std::string& why) {
+  throw Error(Machine::get().here() + why);
+}
 
 }  // namespace simt

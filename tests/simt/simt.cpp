@@ -1,10 +1,6 @@
 // Blocks, warps, barriers and the schedule.
 #include "simt.hpp"
 
-#include <signal.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 #include <sstream>
@@ -18,11 +14,9 @@ namespace {
 // Shared memory that a block of an H100 can have at most.
 constexpr size_t kMaxSmemBytes = 227 << 10;
 constexpr uintptr_t kSmemAlignment = 1024;
-
-std::string name_of(const Where& where) {
-  const std::string path = where.file_name();
-  return path.substr(path.find_last_of('/') + 1) + ":" + std::to_string(where.line());
-}
+constexpr uint64_t kPreemptionInterval = 64;
+// Of a block; tests need a tenth of it.
+constexpr uint64_t kMostSwitches = 5'000'000;
 
 bool same_place(const Where& a, const Where& b) {
   return a.line() == b.line() && a.column() == b.column() &&
@@ -43,29 +37,12 @@ std::string lanes_in(uint32_t mask) {
   return text;
 }
 
-void on_fault(int, siginfo_t* info, void*) {
-  Machine& machine = Machine::get();
-  if (machine.running()) machine.fault(info->si_addr);
-  signal(SIGSEGV, SIG_DFL);  // not ours: the access is repeated and ends the process
-}
-
-void install_fault_handler() {
-  static bool installed = false;
-  if (installed) return;
-  installed = true;
-  static char stack[64 << 10];  // the fiber's own may be what has overflowed
-  stack_t alternate = {};
-  alternate.ss_sp = stack;
-  alternate.ss_size = sizeof(stack);
-  sigaltstack(&alternate, nullptr);
-  struct sigaction action = {};
-  action.sa_sigaction = on_fault;
-  action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-  sigaction(SIGSEGV, &action, nullptr);
-  sigaction(SIGBUS, &action, nullptr);
-}
-
 }  // namespace
+
+std::string name_of(const Where& where) {
+  const std::string path = where.file_name();
+  return path.substr(path.find_last_of('/') + 1) + ":" + std::to_string(where.line());
+}
 
 Machine& Machine::get() {
   static Machine machine;
@@ -150,13 +127,14 @@ void Machine::run_block() {
     tsan::switch_to(tsan_scheduler_);
     throw Error(fault_);
   }
+  const uint64_t most_switches = counters.switches + kMostSwitches;
   while (num_done_ < fibers_.size()) {
     Fiber* next = pick();
     while (next == nullptr && end_something()) next = pick();
     if (next == nullptr) report_deadlock();
     current_ = next;
     threadIdx = next->thread;
-    ++counters.switches;
+    if (++counters.switches > most_switches) throw Error(here() + "its block does not end");
     tsan::switch_to(next->tsan);
     scheduler_.switch_to(next->context);
     current_ = nullptr;
@@ -207,7 +185,6 @@ Fiber& Machine::lane_of(unsigned warp, uint32_t ready) {
 
 // nullptr: every thread waits or is done.
 Fiber* Machine::pick() {
-  constexpr uint64_t kPreemptionInterval = 64;
   const bool is_random = schedule_.order == Order::kRandom;
   const bool stays = !is_random || random_() % kPreemptionInterval != 0;
   if (!stays || warps_[last_warp_].ready == 0) {
@@ -329,80 +306,6 @@ void Machine::report_deadlock() const {
     }
   }
   throw Error(text.str());
-}
-
-// --- memory
-// ---------------------------------------------------------------------------------------
-Region::Region(std::string region_name, size_t region_bytes)
-    : name(std::move(region_name)), num_bytes(region_bytes) {
-  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const size_t padded = (num_bytes + 15) & ~size_t{15};
-  const size_t inner = std::max(page, (padded + page - 1) / page * page);
-  mapping_bytes = inner + 2 * page;
-  void* memory =
-      mmap(nullptr, mapping_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::bad_alloc();
-  mapping = static_cast<char*>(memory);
-  mprotect(mapping, page, PROT_NONE);
-  mprotect(mapping + page + inner, page, PROT_NONE);
-  std::memset(mapping + page, 0xff, inner);
-  begin = mapping + page + inner - padded;
-  Machine::get().regions[begin] = this;
-}
-
-Region::~Region() {
-  Machine::get().regions.erase(begin);
-  munmap(mapping, mapping_bytes);
-}
-
-void check_global(const void* address, size_t num_bytes, const Where& where) {
-  const char* at = static_cast<const char*>(address);
-  const auto& regions = Machine::get().regions;
-  auto next = regions.upper_bound(at);
-  if (next != regions.begin()) {
-    const Region& region = *std::prev(next)->second;
-    if (at + num_bytes <= region.begin + region.num_bytes) return;
-  }
-  throw Error(Machine::get().here() + "global access outside every buffer at " + name_of(where));
-}
-
-void check(bool condition, const char* message, const Where& where) {
-  if (!condition) throw Error(Machine::get().here() + message + " at " + name_of(where));
-}
-
-void Machine::check_smem(const void* address,
-                         size_t num_bytes,
-                         size_t alignment,
-                         const Where& where) const {
-  const char* at = static_cast<const char*>(address);
-  const char* begin = reinterpret_cast<const char*>(smem_.data() + smem_.size() - smem_bytes_);
-  if (at < begin || at + num_bytes > begin + smem_bytes_) {
-    throw Error(here() + "access outside shared memory at " + name_of(where));
-  }
-  if (reinterpret_cast<uintptr_t>(at) % alignment != 0) {
-    throw Error(here() + "misaligned access to shared memory at " + name_of(where));
-  }
-}
-
-// In the signal handler: leaves the fiber for good.
-void Machine::fault(void* address) {
-  std::ostringstream text;
-  text << here();
-  if (is_stack_guard(address)) {
-    text << "stack overflow";
-  } else {
-    text << "access to memory that is no buffer's";
-    const char* at = static_cast<const char*>(address);
-    for (const auto& [begin, region] : regions) {
-      if (at >= region->mapping && at < region->mapping + region->mapping_bytes) {
-        text << ", " << (at < begin ? begin - at : at - begin - region->num_bytes)
-             << (at < begin ? " bytes before the begin of " : " bytes behind the end of ")
-             << region->name;
-      }
-    }
-  }
-  fault_ = text.str();
-  siglongjmp(fault_exit_, 1);
 }
 
 // --- simt.hpp

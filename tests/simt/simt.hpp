@@ -41,6 +41,9 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 
 // Rewritten whenever another fiber runs.
 inline uint3 threadIdx, blockIdx;
@@ -78,6 +81,35 @@ struct Launch {
 
 // Runs `kernel` once per thread of the grid. Throws the first Error of any of them.
 void launch(const Launch& launch, const std::function<void()>& kernel);
+
+// A fault of kernels that are right, for tests of who would notice it: what it names goes wrong in
+// the warps first_warp to last_warp of every block.
+enum class Fault {
+  kNone,
+  kNoPhaseWait,     // wait_barrier returns at once,
+  kWrongParity,     // or waits for the other phase
+  kTooFewBytes,     // 16 less are announced
+  kNoArrival,       // at barriers with phases
+  kNoNamedBarrier,  // returns at once
+  kNoProxyFence,
+  kNoWarpBarrier,  // __syncwarp returns at once
+  kWrongColumn,    // boxes begin 8 columns,
+  kWrongSlot,      // one row
+  kWrongPage,      // or one page further on
+  kNoSwizzle,      // of boxes
+};
+struct Sabotage {
+  Fault fault = Fault::kNone;
+  unsigned first_warp = 0;
+  unsigned last_warp = 31;
+};
+inline Sabotage sabotage;
+// Whether the calling thread goes wrong in this way.
+inline bool has_fault(Fault fault) {
+  if (sabotage.fault != fault) return false;
+  const unsigned warp = threadIdx.x / 32;
+  return sabotage.first_warp <= warp && warp <= sabotage.last_warp;
+}
 
 // What launches did since the start of the process.
 struct Counters {
@@ -237,6 +269,7 @@ inline void __syncthreads(const simt::Where& where = simt::Where::current()) {
 }
 inline void __syncwarp(uint32_t mask = 0xffffffffu,
                        const simt::Where& where = simt::Where::current()) {
+  if (simt::has_fault(simt::Fault::kNoWarpBarrier)) return;
   simt::rendezvous("__syncwarp", mask, nullptr, nullptr, where);
 }
 template <typename T>

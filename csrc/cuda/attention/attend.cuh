@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cuda/attention/check_item.cuh"
+#include "cuda/attention/items.cuh"
 #include "cuda/attention/plan.h"
 #include "cuda/attention/result.cuh"
 #include "redknot/attention.h"
@@ -23,7 +23,8 @@ struct Attend {
   using Shape = TileShape<kHeadDim, kIsPrefill, kIsCompact>;
   using Shared = SharedMemory<T, kHeadDim, kIsPrefill, kIsCompact>;
   using Matrix = SharedMatrix<T, kHeadDim>;
-  using State = SoftmaxState<T, kHeadDim, kIsPrefill, kIsCompact>;
+  using State = SoftmaxState<T, kHeadDim, Shape::kRowTiles, Shape::kKeysPerWarp>;
+  using Threads = BlockThreads<Shape::kThreads>;
 
   static constexpr bool kMayBeLarge = kIsPrefill && kHasCompactPrefill<kHeadDim> && !kIsCompact;
   static_assert(sizeof(Shared) <= (kMayBeLarge ? kMostSharedBytes : kLeastSharedBytes));
@@ -63,7 +64,7 @@ struct Attend {
                             params.q_head_stride,
                             group_size,
                             num_rows(item)};
-    load_queries<T, kHeadDim, Shape::kRows, BlockThreads<Shape::kThreads>>(
+    load_queries<T, kHeadDim, Shape::kRows, Threads>(
         rows,
         Matrix{shared.queries},
         params.maybe_inv_freq,
@@ -126,16 +127,21 @@ struct Attend {
                       first_key);
     }
 
-    // --- epilogue
-    // ----------------------------------------------------------------------------------
+    // --- epilogue --------------------------------------------------------------------------------
     ptx::copy_wait<0>();
-    const ResultRows result_rows{
-        item.q_begin, first_head(item), group_size, num_rows(item), item.partial};
-    if constexpr (kIsPrefill) {
-      write_rows<T, kHeadDim>(params, result_rows, state, queries, first_row);
-    } else {
-      merge_warps<T, kHeadDim>(params, result_rows, state, shared.stages);
+    if constexpr (!kIsPrefill) {
+      constexpr int kSlots = Shape::kWarpsOverKeys - 1;
+      using Slots = WarpState<State::kColumnTiles>[kSlots];
+      static_assert(sizeof(Slots) <= sizeof(shared.stages));
+      merge_warps<Threads, Shape::kWarpsOverKeys>(state, reinterpret_cast<Slots&>(shared.stages));
+      if (warp != 0) return;
     }
+    write_rows<T, kHeadDim>(
+        params,
+        {item.q_begin, first_head(item), group_size, num_rows(item), item.partial},
+        state,
+        queries,
+        first_row);
   }
 };
 
@@ -147,15 +153,7 @@ __global__ void __launch_bounds__((TileShape<kHeadDim, kIsPrefill, kIsCompact>::
   using Kernel = Attend<T, kHeadDim, kIsPrefill, kIsCompact>;
   const Kernel attend{
       params, scale, plan.group_size, *reinterpret_cast<typename Kernel::Shared*>(smem)};
-  const auto& header = *reinterpret_cast<const GpuPlanHeader*>(params.plan);
-  const auto* items = reinterpret_cast<const WorkItem*>(params.plan + plan.items);
-  const int32_t begin = kIsPrefill ? 0 : header.num_prefill_items;
-  const int32_t count = (kIsPrefill ? header.num_prefill_items : header.num_items) - begin;
-  const auto num_blocks = static_cast<int32_t>(gridDim.x);
-  for (int32_t round = 0; round * num_blocks < count; ++round) {
-    const int32_t item = item_of_round(round, static_cast<int32_t>(blockIdx.x), num_blocks);
-    if (item < count) attend.run(items[begin + item]);
-  }
+  each_item<kIsPrefill>(params.plan, plan.items, [&](const WorkItem& item) { attend.run(item); });
 }
 
 // Merges the partial results of every split tile, in the order of its splits. A warp takes a result

@@ -216,27 +216,18 @@ __global__ void __launch_bounds__(kHopperThreads, 1)
   auto& shared = *reinterpret_cast<HopperShared<T, kHeadDim>*>(smem);
   if (threadIdx.x == 0) shared.init();
   __syncthreads();
-  const auto& header = *reinterpret_cast<const GpuPlanHeader*>(params.call.plan);
-  const auto* items = reinterpret_cast<const WorkItem*>(params.call.plan + params.plan.items);
-  const int32_t count = header.num_prefill_items;
-  const auto num_blocks = static_cast<int32_t>(gridDim.x);
-  const auto each_item = [&](auto&& run) {
-    for (int32_t round = 0; round * num_blocks < count; ++round) {
-      const int32_t item = item_of_round(round, static_cast<int32_t>(blockIdx.x), num_blocks);
-      if (item < count) run(items[item]);
-    }
-  };
+  const auto each = [&](auto&& run) { each_item<true>(params.call.plan, params.plan.items, run); };
   if (threadIdx.x < kWarpgroup) {
     ptx::give_registers<kLoaderRegisters>();
     if (threadIdx.x < kWarpSize) {
       HopperLoader<T, kHeadDim> loader(params, shared);
-      each_item([&](const WorkItem& item) { loader.run(item); });
+      each([&](const WorkItem& item) { loader.run(item); });
     }
   } else {
     ptx::take_registers<kGroupRegisters>();
     HopperAttend<T, kHeadDim> attend(params, shared);
     attend.begin();
-    each_item([&](const WorkItem& item) { attend.run(item); });
+    each([&](const WorkItem& item) { attend.run(item); });
     attend.end();
   }
 }

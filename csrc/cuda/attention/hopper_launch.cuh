@@ -1,39 +1,41 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
-#include "cuda/attention/hopper_attend.cuh"
+#include "cuda/attention/hopper.h"
+#include "cuda/attention/hopper_params.h"
 #include "cuda/common/resident_blocks.cuh"
 
 namespace redknot::gpu {
 
-template <typename T, int kHeadDim>
-cudaError_t launch_hopper_prefill(const SegPagedAttentionParams& call,
-                                  const GpuPlanInput& input,
-                                  cudaStream_t stream) {
-  constexpr size_t kSmemBytes = sizeof(HopperShared<T, kHeadDim>);
-  constexpr auto kKernel = &hopper_attend_kernel<T, kHeadDim>;
+template <auto kKernel>
+cudaError_t launch_hopper(const SegPagedAttentionParams& call,
+                          const GpuPlanInput& input,
+                          int block_chunks,
+                          int threads,
+                          size_t smem_bytes,
+                          cudaStream_t stream) {
   HopperParams params{{}, {}, {}, {}, {}, call, PlanShape(input), ScoreScale(call), 1};
-  if (!fill_hopper_params<kHeadDim>(call, &params)) return cudaErrorNotSupported;
+  if (!fill_hopper_params(call, block_chunks, &params)) return cudaErrorNotSupported;
   int blocks = 0;
-  const cudaError_t status = resident_blocks<kKernel>(kHopperThreads, kSmemBytes, &blocks);
+  const cudaError_t status = resident_blocks<kKernel>(threads, smem_bytes, &blocks);
   if (status != cudaSuccess) return status;
   const auto grid = static_cast<uint32_t>(std::min<int64_t>(blocks, max_items(input)));
-  hopper_attend_kernel<T, kHeadDim><<<grid, kHopperThreads, kSmemBytes, stream>>>(params);
+  kKernel<<<grid, static_cast<uint32_t>(threads), smem_bytes, stream>>>(params);
   return cudaGetLastError();
 }
 
-template <typename T>
-cudaError_t launch_hopper_prefill_of(const SegPagedAttentionParams& params,
-                                     const GpuPlanInput& input,
-                                     cudaStream_t stream) {
-  switch (params.pool.head_dim) {
+// Calls `launch` with the head_dim as a constant.
+template <typename Launch>
+cudaError_t with_head_dim(int64_t head_dim, Launch&& launch) {
+  switch (head_dim) {
     case 64:
-      return launch_hopper_prefill<T, 64>(params, input, stream);
+      return launch(std::integral_constant<int, 64>{});
     case 128:
-      return launch_hopper_prefill<T, 128>(params, input, stream);
+      return launch(std::integral_constant<int, 128>{});
     case 256:
-      return launch_hopper_prefill<T, 256>(params, input, stream);
+      return launch(std::integral_constant<int, 256>{});
     default:
       return cudaErrorNotSupported;
   }

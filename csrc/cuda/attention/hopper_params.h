@@ -6,7 +6,7 @@
 
 namespace redknot::gpu {
 
-// What the kernel for Hopper is given: the call, and boxes of its pages. A chunk is 16 slots, a run
+// What a kernel for Hopper is given: the call, and boxes of its pages. A chunk is 16 slots, a run
 // is run_chunks chunks of one page.
 struct HopperParams {
   TensorMap key_chunk, key_run;
@@ -44,11 +44,12 @@ constexpr int run_chunks(int64_t page_size, int block_chunks) {
   return chunks;
 }
 
-// False where the copy engine cannot describe the pool: its strides may be ones that it has no
-// boxes for.
-template <int kHeadDim>
-bool fill_hopper_params(const SegPagedAttentionParams& call, HopperParams* params) {
-  const int chunks = run_chunks(call.pool.page_size, HopperShape<kHeadDim>::kChunks);
+// For blocks of block_chunks chunks. False where the copy engine cannot describe the pool: its
+// strides may be ones that it has no boxes for.
+inline bool fill_hopper_params(const SegPagedAttentionParams& call,
+                               int block_chunks,
+                               HopperParams* params) {
+  const int chunks = run_chunks(call.pool.page_size, block_chunks);
   const auto encode = [&](bool is_keys, int slots, TensorMap* map) {
     return encode_tensor_map(page_layout(call.pool, is_keys, slots), map);
   };

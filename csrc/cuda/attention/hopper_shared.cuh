@@ -13,9 +13,12 @@ template <typename T, int kPanelRows>
 struct PanelMatrix {
   T* base;
 
-  __device__ T* vector_at(int row, int vector) const {
+  __device__ static int byte_offset(int row, int vector) {
     const uint32_t panel = vector / 8 * kPanelRows * ptx::kSwizzleRowBytes;
-    return base + (panel + ptx::swizzled_offset(row, vector % 8)) / sizeof(T);
+    return static_cast<int>(panel + ptx::swizzled_offset(row, vector % 8));
+  }
+  __device__ T* vector_at(int row, int vector) const {
+    return base + byte_offset(row, vector) / static_cast<int>(sizeof(T));
   }
   __device__ T& at(int row, int column) const { return vector_at(row, column / 8)[column % 8]; }
 };

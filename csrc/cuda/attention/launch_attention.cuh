@@ -1,7 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/attention/attend.cuh"
 #include "cuda/attention/hopper.h"
@@ -30,21 +29,20 @@ cudaError_t launch_attend(const SegPagedAttentionParams& params,
 
 // The kernel of Hopper where there is one for this call, else that of sm_80, in the form that this
 // GPU has the shared memory for.
-template <typename T, int kHeadDim>
-cudaError_t launch_any_prefill(const SegPagedAttentionParams& params,
-                               const GpuPlanInput& input,
-                               cudaStream_t stream) {
+template <typename T, int kHeadDim, bool kIsPrefill>
+cudaError_t launch_tiles(const SegPagedAttentionParams& params,
+                         const GpuPlanInput& input,
+                         cudaStream_t stream) {
 #ifdef REDKNOT_HOPPER
   if (chooses_hopper()) {
-    const cudaError_t status = std::is_same_v<T, __half>
-                                   ? hopper_prefill_fp16(params, input, stream)
-                                   : hopper_prefill_bf16(params, input, stream);
+    const cudaError_t status = kIsPrefill ? hopper_prefill<T>(params, input, stream)
+                                          : hopper_decode<T>(params, input, stream);
     if (status != cudaErrorNotSupported) return status;
   }
 #endif
   const PlanShape plan(input);
   const int64_t most_items = max_items(input);
-  if constexpr (kHasCompactPrefill<kHeadDim>) {
+  if constexpr (kIsPrefill && kHasCompactPrefill<kHeadDim>) {
     int device = 0, given = 0;
     cudaError_t status = cudaGetDevice(&device);
     if (status == cudaSuccess) {
@@ -55,7 +53,7 @@ cudaError_t launch_any_prefill(const SegPagedAttentionParams& params,
       return launch_attend<T, kHeadDim, true, true>(params, plan, most_items, stream);
     }
   }
-  return launch_attend<T, kHeadDim, true>(params, plan, most_items, stream);
+  return launch_attend<T, kHeadDim, kIsPrefill>(params, plan, most_items, stream);
 }
 
 // Prefill, decode, merge: which of them have work, only the device knows; a launch without any ends
@@ -69,10 +67,10 @@ cudaError_t launch_attention(const SegPagedAttentionParams& params,
   const int64_t query_rows = params.num_tokens * params.group_size();
   cudaError_t status = cudaSuccess;
   if (query_rows > kDecodeRows) {
-    status = launch_any_prefill<T, kHeadDim>(params, input, stream);
+    status = launch_tiles<T, kHeadDim, true>(params, input, stream);
   }
   if (status == cudaSuccess && (params.num_seqs > 1 || query_rows <= kDecodeRows)) {
-    status = launch_attend<T, kHeadDim, false>(params, plan, most, stream);
+    status = launch_tiles<T, kHeadDim, false>(params, input, stream);
   }
   if (status != cudaSuccess) return status;
   constexpr uint32_t kMergeBlocks = 1024;

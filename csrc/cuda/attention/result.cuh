@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/attention/shared_tile.cuh"
 #include "cuda/attention/softmax_state.cuh"
 #include "redknot/planner.h"
 
@@ -63,6 +64,7 @@ __device__ void write_rows(const SegPagedAttentionParams& params,
       const int row = first_row + tile * kMmaRows + lane / 4 + half * 8;
       const float maximum = state.maximum[tile][half], denominator = state.denominator[tile][half];
       if (rows.first_partial >= 0) {
+        if (row >= rows.num_rows) continue;
         float* partial = partial_row(params, kHeadDim, rows.first_partial + row);
 #pragma unroll
         for (int column = 0; column < State::kColumnTiles; ++column) {
@@ -99,69 +101,21 @@ __device__ void write_rows(const SegPagedAttentionParams& params,
   }
 }
 
-// The states of warps that shared the keys, in shared memory where the stages were.
-template <int kHeadDim, int kWarps>
-struct WarpStates {
-  // Padded: the eight rows that a warp writes at once lie in different banks.
-  float sums[kWarps][kMmaRows][kHeadDim + 8];
-  float maximum[kWarps][kMmaRows];
-  float denominator[kWarps][kMmaRows];
-};
-
-// All warps have the same rows: their states are merged in the order of the warps.
-template <typename T, int kHeadDim>
-__device__ void merge_warps(const SegPagedAttentionParams& params,
-                            const ResultRows& rows,
-                            SoftmaxState<T, kHeadDim, false>& state,
-                            void* shared) {
-  using State = SoftmaxState<T, kHeadDim, false>;
-  using Shape = typename State::Shape;
-  constexpr int kWarps = Shape::kWarpsOverKeys;
-  using States = WarpStates<kHeadDim, kWarps>;
-  static_assert(sizeof(States) <= sizeof(SharedMemory<T, kHeadDim, false>::stages));
-  States& states = *static_cast<States*>(shared);
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, member = lane % 4;
-  state.finish();
+// The states of kWarps warps that shared the keys of the same rows become that of warp 0, in the
+// order of the warps. They go through kSlots places in shared memory, as many at a time.
+template <typename Threads, int kWarps, int kSlots, typename State>
+__device__ void merge_warps(State& state, WarpState<State::kColumnTiles> (&slots)[kSlots]) {
+  const int warp = Threads::index() / kWarpSize, lane = threadIdx.x % kWarpSize;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + half * 8;
+  for (int first = 1; first < kWarps; first += kSlots) {
+    const int end = first + kSlots < kWarps ? first + kSlots : kWarps;
+    if (warp >= first && warp < end) state.save(&slots[warp - first], lane);
+    Threads::sync();
+    if (warp == 0) {
 #pragma unroll
-    for (int column = 0; column < State::kColumnTiles; ++column) {
-      *reinterpret_cast<float2*>(&states.sums[warp][row][column * 8 + member * 2]) = {
-          state.sums[0][column][2 * half], state.sums[0][column][2 * half + 1]};
+      for (int from = first; from < end; ++from) state.merge(slots[from - first], lane);
     }
-    if (member == 0) {
-      states.maximum[warp][row] = state.maximum[0][half];
-      states.denominator[warp][row] = state.denominator[0][half];
-    }
-  }
-  __syncthreads();
-
-  constexpr int kPairs = kHeadDim / 2;
-  for (int i = threadIdx.x; i < rows.num_rows * kPairs; i += Shape::kThreads) {
-    const int row = i / kPairs, column = i % kPairs * 2;
-    float maximum = -INFINITY;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) maximum = fmaxf(maximum, states.maximum[w][row]);
-    const float reference = maximum == -INFINITY ? 0.0f : maximum;
-    float denominator = 0.0f, first = 0.0f, second = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      const float weight = ptx::exp2(states.maximum[w][row] - reference);
-      denominator += states.denominator[w][row] * weight;
-      first += states.sums[w][row][column] * weight;
-      second += states.sums[w][row][column + 1] * weight;
-    }
-    if (rows.first_partial >= 0) {
-      float* partial = partial_row(params, kHeadDim, rows.first_partial + row);
-      *reinterpret_cast<float2*>(partial + column) = {first, second};
-      if (column == 0) *reinterpret_cast<float2*>(partial + kHeadDim) = {maximum, denominator};
-    } else {
-      const float scale = inverse(denominator);
-      *reinterpret_cast<uint32_t*>(out_row<T>(params, rows, row) + column) =
-          ptx::pack<T>(first * scale, second * scale);
-      if (column == 0) write_lse(params, rows, row, maximum, denominator);
-    }
+    if (end < kWarps) Threads::sync();
   }
 }
 

@@ -4,11 +4,11 @@
 
 #include "cuda/attention/score_scale.h"
 #include "cuda/attention/scores.cuh"
-#include "cuda/attention/shared_tile.cuh"
 #include "cuda/ptx/math.cuh"
 #include "cuda/ptx/matrix.cuh"
 
-// One warp's part of the online softmax: 16 kRowTiles query rows against its keys of every block.
+// One warp's part of the online softmax: 16 kTiles query rows against its kKeys keys of every
+// block. Matrices in shared memory say where a 16-byte vector of a row lies (byte_offset).
 //
 // Scores count in units of log2: s = q . k * softmax_scale * log2(e), the scale > 0, or with a soft
 // cap c, s = c * tanh(q . k * softmax_scale / c) * log2(e). After a block, for each row, maximum =
@@ -17,13 +17,18 @@
 // tile, two columns in eight. Its denominator is of its own columns alone until the end.
 namespace redknot::gpu {
 
-template <typename T, int kHeadDim, bool kIsPrefill, bool kIsCompact = false>
+// The state of a warp of one row tile in shared memory, what a lane holds at its number.
+template <int kColumnTiles>
+struct WarpState {
+  float4 sums[kColumnTiles][kWarpSize];
+  float4 rest[kWarpSize];  // maximum and denominator of both rows
+};
+
+template <typename T, int kHeadDim, int kTiles, int kKeys>
 struct SoftmaxState {
-  using Shape = TileShape<kHeadDim, kIsPrefill, kIsCompact>;
-  using Matrix = SharedMatrix<T, kHeadDim>;
-  static constexpr int kRowTiles = Shape::kRowTiles;
+  static constexpr int kRowTiles = kTiles;
   static constexpr int kColumnTiles = kHeadDim / 8;
-  static constexpr int kKeyTiles = Shape::kKeysPerWarp / 8;
+  static constexpr int kKeyTiles = kKeys / 8;
 
   float sums[kRowTiles][kColumnTiles][4];
   float maximum[kRowTiles][2];
@@ -46,10 +51,11 @@ struct SoftmaxState {
   }
 
   // Rows of this warp start at first_row, its keys at first_key of the block.
-  __device__ void add_block(const Matrix& queries,
-                            const Matrix& keys,
-                            const Matrix& values,
-                            const KeyBlock<Shape::kChunks>& block,
+  template <typename Queries, typename Keys, int kChunks>
+  __device__ void add_block(const Queries& queries,
+                            const Keys& keys,
+                            const Keys& values,
+                            const KeyBlock<kChunks>& block,
                             const int32_t* positions,
                             const Reach& reach,
                             const ScoreScale& scale,
@@ -61,6 +67,43 @@ struct SoftmaxState {
     if (block.is_partial) mask_scores(block, positions + first_row, reach, first_key, scores);
     exponentiate(scale.log2, scores);
     multiply_values(values, first_key, scores);
+  }
+
+  // Adds what another warp found of the same rows.
+  __device__ void merge(const WarpState<kColumnTiles>& other, int lane) {
+    const float4 rest = other.rest[lane];
+    const float their_maximum[2] = {rest.x, rest.y}, their_denominator[2] = {rest.z, rest.w};
+    float mine[2], theirs[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float highest = fmaxf(maximum[0][half], their_maximum[half]);
+      const float reference = highest == -INFINITY ? 0.0f : highest;
+      mine[half] = ptx::exp2(maximum[0][half] - reference);
+      theirs[half] = ptx::exp2(their_maximum[half] - reference);
+      maximum[0][half] = highest;
+      denominator[0][half] =
+          denominator[0][half] * mine[half] + their_denominator[half] * theirs[half];
+    }
+#pragma unroll
+    for (int column = 0; column < kColumnTiles; ++column) {
+      if (column % 16 == 0) __syncwarp();  // else all are read at once, into more registers
+      const float4 sum = other.sums[column][lane];
+      float (&own)[4] = sums[0][column];
+      own[0] = own[0] * mine[0] + sum.x * theirs[0];
+      own[1] = own[1] * mine[0] + sum.y * theirs[0];
+      own[2] = own[2] * mine[1] + sum.z * theirs[1];
+      own[3] = own[3] * mine[1] + sum.w * theirs[1];
+    }
+  }
+
+  // For merge() of another warp.
+  __device__ void save(WarpState<kColumnTiles>* to, int lane) const {
+    to->rest[lane] = {maximum[0][0], maximum[0][1], denominator[0][0], denominator[0][1]};
+#pragma unroll
+    for (int column = 0; column < kColumnTiles; ++column) {
+      const float (&own)[4] = sums[0][column];
+      to->sums[column][lane] = {own[0], own[1], own[2], own[3]};
+    }
   }
 
   // Denominators of whole rows, in every lane that holds a part of them.
@@ -77,8 +120,9 @@ struct SoftmaxState {
  private:
   using Scores = float[kRowTiles][kKeyTiles][4];
 
+  template <typename Queries, typename Keys>
   __device__ static void multiply_keys(
-      const Matrix& queries, const Matrix& keys, int first_row, int first_key, Scores& scores) {
+      const Queries& queries, const Keys& keys, int first_row, int first_key, Scores& scores) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -94,13 +138,13 @@ struct SoftmaxState {
 #pragma unroll
       for (int tile = 0; tile < kRowTiles; ++tile) {
         const int row = first_row + tile * kMmaRows + lane % 16;
-        ptx::load_matrix_x4(a[tile], queries.base, Matrix::byte_offset(row, k * 2 + lane / 16));
+        ptx::load_matrix_x4(a[tile], queries.base, Queries::byte_offset(row, k * 2 + lane / 16));
       }
 #pragma unroll
       for (int key = 0; key < kKeyTiles; key += 2) {
         const int row = first_key + key * 8 + lane / 16 * 8 + lane % 8;
         uint32_t b[4];
-        ptx::load_matrix_x4(b, keys.base, Matrix::byte_offset(row, k * 2 + lane / 8 % 2));
+        ptx::load_matrix_x4(b, keys.base, Keys::byte_offset(row, k * 2 + lane / 8 % 2));
         const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
 #pragma unroll
         for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -150,7 +194,8 @@ struct SoftmaxState {
   }
 
   // The C fragments of two neighbouring key tiles are, rounded, the A fragment of 16 keys.
-  __device__ void multiply_values(const Matrix& values, int first_key, const Scores& scores) {
+  template <typename Values>
+  __device__ void multiply_values(const Values& values, int first_key, const Scores& scores) {
     const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int key = 0; key < kKeyTiles; key += 2) {
@@ -168,7 +213,7 @@ struct SoftmaxState {
       for (int column = 0; column < kColumnTiles; column += 2) {
         uint32_t b[4];
         ptx::load_matrix_x4_transposed(
-            b, values.base, Matrix::byte_offset(row, column + lane / 16));
+            b, values.base, Values::byte_offset(row, column + lane / 16));
         const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
 #pragma unroll
         for (int tile = 0; tile < kRowTiles; ++tile) {

@@ -3,7 +3,7 @@
 Useful FLOPs and bytes are those of visible keys alone. Every peer that computes the same is
 compared with our output before it is timed; one that cannot do a case is named with its reason.
 On CUDA the plan is made beforehand, as an engine makes it once for all layers, and timed by itself.
-On Hopper, whose prefill has a kernel of its own, the kernel for GPUs before it is one of the peers.
+On Hopper, which has kernels of its own, those for GPUs before it are one of the peers.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _measure(name: str, case: Case, options: Options, roofs: Roofs) -> Row:
         peers.append(
             Peer("redknot, all global", Paged.attend, build(everything, options), to_tokens=None)
         )
-    if case.kind == "prefill" and is_hopper(options.device):
+    if is_hopper(options.device):
         peers.append(Peer("redknot on sm_80", _attend_on_sm_80, inputs, to_tokens=lambda out: out))
     missing = {}
     for peer in peers:
@@ -129,7 +129,7 @@ def _measure(name: str, case: Case, options: Options, roofs: Roofs) -> Row:
 
 
 def _attend_on_sm_80(paged: Paged) -> torch.Tensor:
-    """The kernel that all GPUs before Hopper run."""
+    """The kernels that all GPUs before Hopper run."""
     with cuda_arch("sm_80"):
         return paged.attend()
 

@@ -1,10 +1,24 @@
 #pragma once
 
+#include "cuda/attention/plan.h"
 #include "cuda/common/check_value.h"
 #include "redknot/attention.h"
-#include "redknot/planner.h"
 
 namespace redknot::gpu {
+
+// Calls `run` with every item of the prefill or of the decode that is this block's.
+template <bool kIsPrefill, typename Run>
+__device__ void each_item(const int32_t* plan, int64_t items_begin, Run&& run) {
+  const auto& header = *reinterpret_cast<const GpuPlanHeader*>(plan);
+  const auto* items = reinterpret_cast<const WorkItem*>(plan + items_begin);
+  const int32_t begin = kIsPrefill ? 0 : header.num_prefill_items;
+  const int32_t count = (kIsPrefill ? header.num_prefill_items : header.num_items) - begin;
+  const auto num_blocks = static_cast<int32_t>(gridDim.x);
+  for (int32_t round = 0; round * num_blocks < count; ++round) {
+    const int32_t item = item_of_round(round, static_cast<int32_t>(blockIdx.x), num_blocks);
+    if (item < count) run(items[begin + item]);
+  }
+}
 
 // All `num_threads` threads of a block, or the 32 of one of its warps, look at the lists that a
 // work item reads, before any is followed; nothing in builds that trust them.

@@ -1,0 +1,9 @@
+#include "cuda/attention/hopper_decode_launch.cuh"
+
+namespace redknot::gpu {
+
+template cudaError_t hopper_decode<__half>(const SegPagedAttentionParams&,
+                                           const GpuPlanInput&,
+                                           cudaStream_t);
+
+}  // namespace redknot::gpu
