@@ -15,6 +15,9 @@ from redknot.recovery.plan import FfnRule
 
 __all__ = ["GlobalRows", "foreign_part", "kv_shift", "select_rows"]
 
+# Rows whose fp32 copies stay in a CPU's caches.
+_CACHED_ROWS = 256
+
 
 @dataclass(frozen=True)
 class GlobalRows:
@@ -76,7 +79,11 @@ def foreign_part(out: Tensor, lse: Tensor, own_out: Tensor, own_lse: Tensor) -> 
     lse, own_lse : Tensor [num_heads, num_rows]
     """
     share = torch.exp(own_lse - lse).T[:, :, None]
-    return ops.token_importance(out.float() - share * own_out.float())
+    num_rows = _CACHED_ROWS if out.device.type == "cpu" else max(len(out), 1)
+    parts = zip(out.split(num_rows), share.split(num_rows), own_out.split(num_rows), strict=True)
+    return torch.cat(
+        [ops.token_importance(whole.float() - of * own.float()) for whole, of, own in parts]
+    )
 
 
 def kv_shift(k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor) -> Tensor:
