@@ -56,7 +56,7 @@ struct Kernels {
   void (*many_row_linear)(
       const LinearParams& params, const void* packed, void* scratch, int64_t begin, int64_t end);
   int64_t (*dot_roof)(int64_t num_rounds, DType dtype);
-  float (*read_roof)(const void* data, int64_t num_bytes);
+  float (*read_roof)(const void* const* pieces, int64_t num_pieces, int64_t piece_bytes);
 };
 
 // The table in use; chosen once from cpuid, or by use_isa().

@@ -18,13 +18,19 @@ int64_t dot_roof(const DotRoofParams& params, const Executor& executor) {
 
 float read_roof(const ReadRoofParams& params, const Executor& executor) {
   constexpr int64_t kChunkBytes = 1 << 20;
+  constexpr int64_t kSideBySide = 4;
   const int64_t chunk = std::max<int64_t>(1, kChunkBytes / params.piece_bytes);
   std::atomic<float> checksum{0.0f};
   executor.parallel_for(params.num_reads, chunk, [&](int64_t begin, int64_t end) {
     const auto* data = static_cast<const char*>(params.data);
     float sum = 0.0f;
-    for (int64_t i = begin; i < end; ++i) {
-      sum += kernels().read_roof(data + params.order[i] * params.piece_bytes, params.piece_bytes);
+    for (int64_t i = begin; i < end; i += kSideBySide) {
+      const void* pieces[kSideBySide];
+      const int64_t count = std::min(kSideBySide, end - i);
+      for (int64_t p = 0; p < count; ++p) {
+        pieces[p] = data + params.order[i + p] * params.piece_bytes;
+      }
+      sum += kernels().read_roof(pieces, count, params.piece_bytes);
     }
     checksum = checksum + sum;
   });

@@ -2,6 +2,8 @@
 // registers alone, and reading memory with vectors of this instruction set.
 #include "roofs.h"
 
+#include <algorithm>
+
 #if defined(REDKNOT_ISA_AMX)
 #include "amx.h"
 #endif
@@ -82,15 +84,24 @@ int64_t dot_roof(int64_t num_rounds, DType dtype) {
   });
 }
 
-float read_roof(const void* data, int64_t num_bytes) {
+// A run of every piece in turn: processors that read ahead do so within a memory page of 4 KiB, and
+// a single one keeps them less busy than several.
+float read_roof(const void* const* pieces, int64_t num_pieces, int64_t piece_bytes) {
   constexpr int kStreams = 8;
   constexpr int64_t kBlockFloats = kStreams * kLanes;
-  const auto* values = static_cast<const float*>(data);
-  const int64_t num_floats = num_bytes / static_cast<int64_t>(sizeof(float));
+  constexpr int64_t kRunFloats = 1024 / sizeof(float);
+  static_assert(kRunFloats % kBlockFloats == 0);
+  const int64_t num_floats = piece_bytes / static_cast<int64_t>(sizeof(float));
   VecI sums[kStreams] = {};
-  for (int64_t i = 0; i + kBlockFloats <= num_floats; i += kBlockFloats) {
-    for (int stream = 0; stream < kStreams; ++stream) {
-      sums[stream] ^= (VecI)load(values + i + stream * kLanes);
+  for (int64_t begin = 0; begin < num_floats; begin += kRunFloats) {
+    const int64_t end = std::min(begin + kRunFloats, num_floats);
+    for (int64_t piece = 0; piece < num_pieces; ++piece) {
+      const auto* values = static_cast<const float*>(pieces[piece]);
+      for (int64_t i = begin; i + kBlockFloats <= end; i += kBlockFloats) {
+        for (int stream = 0; stream < kStreams; ++stream) {
+          sums[stream] ^= (VecI)load(values + i + stream * kLanes);
+        }
+      }
     }
   }
   VecI sum = {};

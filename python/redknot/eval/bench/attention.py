@@ -2,6 +2,7 @@
 
 Useful FLOPs and bytes are those of visible keys alone. Every peer that computes the same is
 compared with our output before it is timed; one that cannot do a case is named with its reason.
+Decode on the CPU is also held against reading its pages and doing nothing with them.
 On CUDA the plan is made beforehand, as an engine makes it once for all layers, and timed by itself.
 On Hopper, which has kernels of its own, those for GPUs before it are one of the peers.
 """
@@ -84,6 +85,8 @@ def _measure(name: str, case: Case, options: Options, roofs: Roofs) -> Row:
     options.progress(f"{case.kind} {case.heads} {_shape_text(case)}: inputs")
     inputs = build(case, options)
     peers = peers_of(case, inputs, options) + vllm_peers(case, inputs, options)
+    if case.kind == "decode" and options.device == "cpu":
+        peers.append(Peer("bare reading", _read_pages, inputs, to_tokens=None))
     if case.heads == "mixed":
         everything = Case(case.shape, case.kind, "global", case.lengths)
         peers.append(
@@ -126,6 +129,13 @@ def _measure(name: str, case: Case, options: Options, roofs: Roofs) -> Row:
             **_plan_time(inputs, options),
         },
     )
+
+
+def _read_pages(paged: Paged) -> None:
+    """Read the pages of a call and nothing else: what bounds decode, in the same turns."""
+    pages = paged.page_refs[:, 0].contiguous()
+    for cache in (paged.k_cache, paged.v_cache):
+        torch.ops.redknot._cpu_read_roof(cache.flatten(1).view(torch.float32), pages)
 
 
 def _attend_on_sm_80(paged: Paged) -> torch.Tensor:
