@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cuda/attention/tile_shape.h"
+#include "cuda/common/check_value.h"
 #include "cuda/ptx/tensor_map.h"
 
 // Sizes of the attention kernels for Hopper, each with its reason; nothing here computes.
@@ -15,9 +16,10 @@ constexpr int kGroups = kPrefillRows / kGroupRows;
 constexpr int kHopperThreads = (1 + kGroups) * kWarpgroup;
 
 // 65,536 registers: a thread of the loader walks pages with 40, which leaves 232 to those that hold
-// sums [64, head_dim] and scores [64, keys] of their group, a row of which is in four lanes.
-constexpr int kLoaderRegisters = 40;
-constexpr int kGroupRegisters = 232;
+// sums [64, head_dim] and scores [64, keys] of their group, a row of which is in four lanes. Checks
+// of values are calls, which need more.
+constexpr int kLoaderRegisters = kChecksValues ? 72 : 40;
+constexpr int kGroupRegisters = kChecksValues ? 216 : 232;
 static_assert(kWarpgroup * (kLoaderRegisters + kGroups * kGroupRegisters) <= 65536);
 
 // Scores of 128 keys take 64 registers, sums of 128 dimensions as many, of 256 twice as many: then
