@@ -141,19 +141,29 @@ def test_regions_come_and_go_and_no_token_changes(tmp_path):
 LONG_SPAN = [["local"] * 2, ["global", "local"], *[["local"] * 2] * 3, ["local", "global"]]
 
 
-def span_engine(url):
-    policy = redknot.LiveSpan(row_fraction=0.01, edge_rows=1)
-    return make_engine(url, policy=policy, classes=LONG_SPAN)
+# Where a weak global head comes first, rows are picked before anything is computed.
+AHEAD = [["global", "local"], *LONG_SPAN[1:]]
+SPANS = {
+    "picked where they enter": (LONG_SPAN, {}),
+    "picked ahead": (AHEAD, {"first_layer": 1, "early_fraction": 0.0}),
+    "picked ahead and in layer 0": (AHEAD, {"first_layer": 1}),
+}
 
 
-def test_rows_that_are_picked_are_read_after_the_pick(tmp_path, monkeypatch):
+def span_engine(url, classes=LONG_SPAN, **options):
+    policy = redknot.LiveSpan(row_fraction=0.01, edge_rows=1, **options)
+    return make_engine(url, policy=policy, classes=classes)
+
+
+@pytest.mark.parametrize(("classes", "options"), SPANS.values(), ids=SPANS)
+def test_rows_that_are_picked_are_read_after_the_pick(classes, options, tmp_path, monkeypatch):
     url = f"lmdb://{tmp_path}/store?prefer=load"
     order = [3, 0, 1, 2]
-    with span_engine(url) as engine:
+    with span_engine(url, classes, **options) as engine:
         expected = answer(engine, order)
         assert engine.flush()
         everything = sum(engine.store.tiers[0].backend.sizes("d/", 5.0).values())
-    with span_engine(url) as engine:
+    with span_engine(url, classes, **options) as engine:
         [tier] = engine.store.tiers
         batches = []
         whole = tier.read
@@ -175,7 +185,7 @@ def test_rows_that_are_picked_are_read_after_the_pick(tmp_path, monkeypatch):
     monkeypatch.setattr(
         DocumentCache, "read_ahead", lambda *a, all_at_once: at_once(*a, all_at_once=True)
     )
-    with span_engine(url) as engine:
+    with span_engine(url, classes, **options) as engine:
         assert answer(engine, order).token_ids == expected.token_ids
         assert sum(batches) < 0.8 * engine.store.tiers[0].counts.bytes_read < 0.8 * everything
 

@@ -226,6 +226,18 @@ def test_dense_is_the_reference(report):
         assert row["token_agreement"] == row["ttft_ratio"] == row["rows_recomputed"] == 1
 
 
+def test_kl_is_compared_with_the_published_policys(report):
+    """Over the same questions; a policy is no farther from dense than itself."""
+    for task in ("direct", "relative", "distant"):
+        rows = {row["policy"]: row for row in report["rows"] if row["task"] == task}
+        assert rows["redknot"]["kl_minus_redknot_ci"] == [0, 0]
+        for row in rows.values():
+            low, high = row["kl_minus_redknot_ci"]
+            assert low - 1e-9 <= row["kl_minus_redknot"] <= high + 1e-9
+            assert row["kl_minus_redknot"] == pytest.approx(row["kl"] - rows["redknot"]["kl"])
+        assert rows["naive"]["kl_minus_redknot"] != 0
+
+
 def test_reuse_saves_and_refreshes_what_the_policy_says(report):
     row = {row["policy"]: row for row in report["rows"] if row["task"] == "direct"}
     assert row["naive"]["rows_recomputed"] == row["naive"]["heads_refreshed"] == 0

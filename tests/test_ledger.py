@@ -100,8 +100,9 @@ def test_own_keys_counts_prefix_and_own_document(window):
 
 
 @pytest.mark.transformers
+@pytest.mark.parametrize("first_layer", [1, 2])  # 2: from the embeddings on
 @pytest.mark.parametrize("refresh_local", [True, False])
-def test_live_span_counts_what_it_computes(refresh_local):
+def test_live_span_counts_what_it_computes(refresh_local, first_layer):
     """Every part, row by row, from which rows lived: nothing outside, no column too many."""
     model = tiny_model("llama", 4, 2, layers=5)  # hidden 64, ffn 96, head_dim 32, group 2
     classes = [["local"] * 2 for _ in range(5)]
@@ -113,7 +114,9 @@ def test_live_span_counts_what_it_computes(refresh_local):
     )
     rng = np.random.default_rng(0)
     documents = [engine.add(random_tokens(rng, n)) for n in lengths]
-    policy = LiveSpan(row_fraction=0.1, edge_rows=2, refresh_local=refresh_local)
+    policy = LiveSpan(
+        row_fraction=0.1, edge_rows=2, refresh_local=refresh_local, first_layer=first_layer
+    )
     prefill = engine.prefill(documents, random_tokens(rng, question), policy=policy)
     e, f, d, length = 64, 96, 32, 1 + sum(lengths) + question
     query = list(range(length - question, length))
@@ -124,7 +127,9 @@ def test_live_span_counts_what_it_computes(refresh_local):
         for item in document.live:
             for layer in range(item.begin_layer, item.end_layer):
                 live[layer] += [row for run in item.positions for row in range(*run)]
-    assert [len(live[layer]) for layer in range(5)] == [4, 13, 13, 0, 0]
+    num_picked = 9 + 2  # by what is brought to them, and because these read them
+    first = 4 + num_picked * (first_layer == 2)
+    assert [len(live[layer]) for layer in range(5)] == [first, 15, 15, 0, 0]
 
     fresh = {1: live[0], 2: live[1], 3: live[2]}
     parts = dict.fromkeys(("projections", "attention", "rotation", "ffn", "probe"), 0)
@@ -142,9 +147,11 @@ def test_live_span_counts_what_it_computes(refresh_local):
     everything = _visible(length, True, -1, 0, None)
     own = sum(int(everything[row, [0, *range(31, 71)]].sum()) for row in moved[:40])
     own += sum(int(everything[row, [0, *range(71, 121)]].sum()) for row in moved[40:])
-    heads = 4  # query heads of the two global KV heads of layer 1
+    heads = 2 * classes[first_layer].count("global")  # query heads that pick
     parts["probe"] += len(moved) * heads * d * (2 * e + 3 + 2 + 4)
     parts["probe"] += 4 * d * heads * (int(everything[moved].sum()) + own)
+    # What the nine that are kept for what is brought to them read.
+    parts["probe"] += len(moved) * d * (3 * heads // 2 + 2 * heads * 9)
     parts["lm_head"] = 2 * e * 128
     assert prefill.ledger.parts == parts
     assert prefill.ledger.flops == sum(parts.values())

@@ -34,6 +34,7 @@ class Rules:
     row_fraction: float = 1.0  # live_span
     signal: str = "foreign"  # live_span
     early_fraction: float = 0.0  # live_span
+    read_fraction: float = 0.0  # live_span
     refresh_local: bool = True  # live_span
     probed: dict[int, list[int]] = field(
         default_factory=dict
@@ -180,32 +181,65 @@ def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules)
     if rules.first_layer is not None:
         begin = rules.first_layer
     edge = first(max(rules.edge_rows, rules.boundary_rows))
-    early = edge  # rows that live from the embeddings on
     picked = moved  # what the pick left
     if rules.rows is not None:
         picked = edge | torch.isin(positions, torch.tensor(rules.rows, dtype=torch.long))
+
+    def most_important(
+        layer: int, q, k, v, keep: float, kept: Tensor, reads: float = 0.0
+    ) -> Tensor:
+        """Rows that a live span keeps by the heads of a layer, `kept` and those read included."""
+        group, heads = q.shape[0] // k.shape[0], rules.probed.get(layer)
+        asked = [
+            h for h in range(q.shape[0])
+            if rules.is_global[layer][h // group] and (heads is None or h // group in heads)
+        ]  # fmt: skip
+        everything = _visible(length, True, -1, 0, _native_window(model, layer))
+        weights = _weights(model, layer, q, k, everything.expand(k.shape[0], -1, -1), positions)
+        weights, values = weights[asked], v.repeat_interleave(group, 0)[asked]
+        seen = weights * foreign_key if rules.signal == "foreign" else weights
+        signal = (seen @ values).double().square().sum((0, 2)).sqrt()
+        total = int(moved.sum())
+        best = _top(signal, ceil(keep * total), moved & ~kept)
+        kept, read = kept | best, weights[:, best].double().sum((0, 1))
+        return kept | _top(read, ceil(reads * total), moved & ~kept)
+
+    spans = rules.policy == "live_span" and rules.rows is None and begin < end
+    drops = ceil(rules.row_fraction * int(moved.sum())) < int((moved & ~edge).sum())
+    # Rows are computed from the embeddings on where weaker global heads come before the span.
+    ahead = rules.policy == "live_span" and begin < end and any(map(any, rules.is_global[:begin]))
+    if ahead and spans and drops:
+        stored = torch.cat([part.hidden[begin] for part in kept])
+        nowhere = torch.zeros(len(query), stored.shape[1])
+        q, *_ = _project(
+            model, begin, model.model.layers[begin].input_layernorm(torch.cat([stored, nowhere]))
+        )
+        k, v = (
+            torch.cat([x, torch.zeros_like(q[: x.shape[0], query_begin:])], 1) for x in old[begin]
+        )
+        picked = most_important(begin, q, k, v, rules.row_fraction, edge, rules.read_fraction)
+    start = 0 if ahead else begin
     brought = torch.zeros(length, dtype=torch.float64)  # from other segments, so far
 
     hidden = model.model.embed_tokens(ids)
     for layer, block in enumerate(model.model.layers):
         nothing, boundary = torch.zeros_like(moved), first(rules.boundary_rows)
-        if rules.policy == "live_span" and layer == begin:
+        if rules.policy == "live_span" and layer == start and not ahead:
             stored = torch.cat([hidden[: len(prefix)], *(c.hidden[layer] for c in cached)])
-            enters = picked & ~early
+            enters = picked & ~edge
             hidden = torch.where(enters[:, None], torch.cat([stored, hidden[query_begin:]]), hidden)
         q, k, v = _project(model, layer, block.input_layernorm(hidden))
         # Fresh in global heads, fresh in local heads, live behind the projections.
-        span = boundary if layer > end else picked if layer > begin else early
-        local = picked if layer > begin else edge
+        carried = picked if layer > start else edge
         fresh, fresh_local, live = {
             "naive": (nothing, nothing, nothing),
             "redknot": (moved, boundary, moved),
             "epic": (first(rules.first_rows),) * 3,
             "cacheblend": (picked,) * 3,
             "live_span": (
-                span,
-                local if rules.refresh_local and layer < end else boundary,
-                boundary if layer >= end else picked if layer >= begin else early,
+                boundary if layer > end else carried,
+                carried if rules.refresh_local and layer < end else boundary,
+                boundary if layer >= end else picked if layer >= start else edge,
             ),
         }[rules.policy]
         if rules.policy == "cacheblend" and layer == rules.pick_layer:
@@ -237,21 +271,12 @@ def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules)
         weights = _weights(model, layer, q, k, masks, positions)[is_global]
         values = v.repeat_interleave(group, 0)[is_global]
         other = ((weights * foreign_key) @ values).double().square().sum((0, 2)).sqrt()
-        if rules.policy == "live_span" and rules.rows is None and begin < end:
-            by = slice(None)
-            if layer in rules.probed:
-                by = [list(is_global.nonzero()).index(h) for h in range(len(is_global))
-                      if is_global[h] and h // group in rules.probed[layer]]  # fmt: skip
-            seen = (weights * foreign_key if rules.signal == "foreign" else weights)[by]
-            signal = (seen @ values[by]).double().square().sum((0, 2)).sqrt()
-            total = int(moved.sum())
-            drops = ceil(rules.row_fraction * total) < int((moved & ~edge).sum())
-            if layer == 0 < begin and is_global.any() and drops:
-                early = edge | _top(signal, ceil(rules.early_fraction * total), moved & ~edge)
-                live = early
-            if layer == begin:
-                count = ceil(rules.row_fraction * total)
-                live = picked = early | _top(signal, count, moved & ~early)
+        if spans and drops and ahead and layer == 0 and any(rules.is_global[0]):
+            live = picked = most_important(0, q, k, v, rules.early_fraction, picked)
+        if spans and drops and not ahead and layer == begin:
+            live = picked = most_important(
+                layer, q, k, v, rules.row_fraction, edge, rules.read_fraction
+            )
         live = live | is_query
         rules.lived[layer] = live
         hidden = hidden + added
@@ -259,7 +284,7 @@ def recover(model, prefix, documents, query, cached: list[Cached], rules: Rules)
         brought += torch.where(live & ~is_query, other, 0.0)
         importance = out.norm(dim=-1).double() if rules.ffn_signal == "attention_norm" else brought
         thins = layer >= rules.dense_until and rules.ffn_mass < 1
-        if rules.policy == "live_span" and layer < begin:
+        if rules.policy == "live_span" and layer < start:
             thins = False  # the few rows before the span are all computed
         if thins and (importance * live).any():
             always = is_query | last | (edge if rules.policy == "live_span" else nothing)

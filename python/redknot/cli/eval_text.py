@@ -38,6 +38,8 @@ def report_text(report: dict[str, Any], complete: bool) -> str:
 def _task_lines(task: str, length: int, rows: list[dict[str, Any]]) -> list[str]:
     """One table of quality."""
     header = ["policy", "score [95 %]", "minus dense [95 %]", "agree", "KL"]
+    if rows[0]["kl_minus_redknot"] is not None:
+        header.append("minus redknot's [95 %]")
     left_out = rows[0]["prompts_left_out"]
     reasons = dict.fromkeys(row["not_gated_because"] for row in rows if not row["control"])
     return [
@@ -56,13 +58,19 @@ def _name(row: dict[str, Any]) -> str:
 def _quality_cells(row: dict[str, Any], is_dense: bool) -> list[str]:
     low, high = row["ci"]
     below, above = row["delta_ci"]
-    return [
+    cells = [
         _name(row) + ("" if row["gated"] or row["control"] else " *"),
         f"{row['score']:.3f} [{low:.3f}, {high:.3f}]",
         "" if is_dense else f"{row['delta']:+.3f} [{below:+.3f}, {above:+.3f}]",
         f"{row['token_agreement']:.3f}",
         f"{row['kl']:.2g}",
     ]
+    if row["kl_minus_redknot"] is not None:
+        low, high = row["kl_minus_redknot_ci"]
+        cells.append(
+            "" if is_dense else f"{row['kl_minus_redknot']:+.2g} [{low:+.2g}, {high:+.2g}]"
+        )
+    return cells
 
 
 def _cost_lines(length: int, rows: list[dict[str, Any]]) -> list[str]:

@@ -6,7 +6,7 @@ time, but after a pick no longer which: nothing ever waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from torch import Tensor
 from redknot.recovery import Pick, PromptLayout, RecoveryPlan
 
 __all__ = ["LiveRows", "Prompt"]
+
+_MOST_READERS = 256  # so that what rows read costs no more than linear time
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class LiveRows:
         self._query = self._index(prompt.layout.query_positions)
         self.key_positions = torch.from_numpy(prompt.key_positions()).int().to(device)
         self.foreign: Tensor | None = None
-        self._set = prompt.plan.layers[0].present
+        ahead, first = prompt.plan.ahead, prompt.plan.layers[0].present
+        self._set = first if ahead is None else ahead.rows
         self._carry(self.tensor(self._set))
 
     def _index(self, array: np.ndarray) -> Tensor:
@@ -126,6 +129,11 @@ class LiveRows:
         (hidden,) = self.keep(rows, hidden)
         return hidden
 
+    def begin(self, rows: np.ndarray) -> None:
+        """Carry the set `rows` from the embeddings on, whatever was carried before."""
+        self._set = rows
+        self._carry(self._picked[id(rows)] if id(rows) in self._picked else self.tensor(rows))
+
     def keep(self, rows: np.ndarray, *of_rows: Tensor) -> tuple[Tensor, ...]:
         """Carry the set `rows`, all of which live already; narrow tensors that are per row."""
         documents, num_before = self.now(rows), self.num_documents
@@ -160,15 +168,27 @@ class LiveRows:
             self.foreign = self.foreign.new_zeros(len(entered)).index_copy(0, stay, self.foreign)
         return entered
 
-    def pick(self, pick: Pick, rows: np.ndarray, importance: Tensor) -> None:
+    def pick(
+        self,
+        pick: Pick,
+        rows: np.ndarray,
+        importance: Tensor,
+        read_by: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         """Decide what `rows` stands for from now on; `importance` [len(rows)], larger is kept.
 
-        Of a set that holds what an earlier pick kept, all of that is kept again.
+        Of a set that holds what an earlier pick kept, all of that is kept again. `read_by` says how
+        much rows of the set, given by index, read of each [len(rows)].
         """
         always = list(self._picked.values())[-1] if self._picked else self.tensor(pick.always)
         if len(always):
             index = torch.searchsorted(self.tensor(rows), always)
             importance = importance.index_fill(0, index, torch.inf)
-        chosen = importance.topk(pick.keep + len(always)).indices.sort().values
-        self._picked[id(rows)] = self.tensor(rows)[chosen]
+        chosen = importance.topk(pick.keep + len(always)).indices
+        if pick.read:
+            assert read_by is not None
+            readers = chosen[len(always) :][:_MOST_READERS]  # by importance
+            read = read_by(readers).index_fill(0, chosen, -torch.inf)
+            chosen = torch.cat([chosen, read.topk(pick.read).indices])
+        self._picked[id(rows)] = self.tensor(rows)[chosen.sort().values]
         self._always = pick.always

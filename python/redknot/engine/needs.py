@@ -118,6 +118,9 @@ class _Reading:
         self._plan, self._picked = plan, picked
         self._open_from: dict[int, int] = {}  # layer of the pick, by the id of the plan's array
         self._always = _NOBODY
+        if plan.ahead is not None:
+            self._open_from[id(plan.ahead.rows)] = -1
+            self._always = plan.ahead.pick.always
         for layer, step in enumerate(plan.layers):
             if step.pick is not None:
                 self._open_from[id(step.present)] = layer
@@ -154,6 +157,9 @@ class _Reading:
                 rows, rows_later = self._always, step.live
         if step.pick is not None and is_global:  # all rows ask the global heads, for the pick
             rows = step.present
+        ahead = self._plan.ahead
+        if ahead is not None and ahead.layer == layer and is_global:
+            rows, read = ahead.rows, ahead.rows
         return _HeadReads(rows, rows_later, replaced, read, copied)
 
 

@@ -13,9 +13,15 @@ from redknot import ops
 from redknot.cache import KVPool
 from redknot.cache.page_selection import PageSelector
 from redknot.engine.live_rows import LiveRows, Prompt
-from redknot.engine.signals import GlobalRows, foreign_part, kv_shift, select_rows
+from redknot.engine.signals import (
+    GlobalRows,
+    foreign_part,
+    kv_shift,
+    select_rows,
+    weight_read,
+)
 from redknot.models.decoder import Decoder
-from redknot.recovery import FfnRule, FlopCounter, LayerPlan, Pick
+from redknot.recovery import FfnRule, FlopCounter, LayerPlan, LookAhead, Pick
 
 __all__ = ["HeadRules", "LayerTrace", "RecoveryPass", "TokenSlots"]
 
@@ -96,8 +102,11 @@ class RecoveryPass:
         """
         decoder, rows, counter = self._decoder, self._rows, self._counter
         token_ids = self._tensor(self._prompt.token_ids, torch.int64)
-        hidden = decoder.embed(token_ids[rows.positions])
         layers = self._prompt.plan.layers
+        if self._prompt.plan.ahead is not None:
+            self._look_ahead(self._prompt.plan.ahead)
+            rows.begin(layers[0].present)
+        hidden = decoder.embed(token_ids[rows.positions])
         asked = [n for n, step in enumerate(layers) if step.ffn and step.ffn.signal == "foreign"]
         last_foreign = max(asked, default=-1)
         for layer, step in enumerate(layers):
@@ -106,12 +115,7 @@ class RecoveryPass:
             fresh, fresh_local = rows.now(step.fresh), rows.now(step.fresh_local)
             shift = self._refresh_kv(layer, step, normed)
             if step.pick is not None:
-                if step.pick.by != "kv_shift":
-                    shift = self._probe(layer, normed, step.pick)
-                assert shift is not None
-                rows.pick(step.pick, step.present, shift)
-                if self._on_pick is not None:
-                    self._on_pick(step.present, rows.now(step.present).cpu().numpy())
+                self._pick(layer, normed, step.pick, step.present, shift)
             hidden, normed = rows.keep(step.live, hidden, normed)
             self.trace.append(LayerTrace(rows.documents, fresh, fresh_local))
 
@@ -194,8 +198,37 @@ class RecoveryPass:
         chosen = self._heads[layer] if heads is None else np.array(heads)
         return GlobalRows.of(self._pool, self._session, layer, chosen, self._prompt.layout)
 
-    def _probe(self, layer: int, normed: Tensor, pick: Pick) -> Tensor:
-        """Importance of every document row, by the attention of global heads alone."""
+    def _look_ahead(self, ahead: LookAhead) -> None:
+        """Pick rows by what a layer will bring to them, as far as stored hidden states tell."""
+        like = self._decoder.embed(self._rows.positions[:0])
+        stored = self._prompt.hidden_of(ahead.rows, like)
+        normed = self._decoder.attention_norm(ahead.layer, stored)
+        self._pick(ahead.layer, normed, ahead.pick, ahead.rows)
+
+    def _pick(
+        self,
+        layer: int,
+        normed: Tensor,
+        pick: Pick,
+        among: np.ndarray,
+        shift: Tensor | None = None,
+    ) -> None:
+        """Keep some of the set `among`, which is carried: by `shift`, or by what heads bring."""
+        read_by = None
+        if pick.by != "kv_shift":
+            shift, read_by = self._probe(layer, normed, pick, among)
+        assert shift is not None
+        self._rows.pick(pick, among, shift, read_by)
+        if self._on_pick is not None:
+            self._on_pick(among, self._rows.now(among).cpu().numpy())
+
+    def _probe(
+        self, layer: int, normed: Tensor, pick: Pick, among: np.ndarray
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Importance of every document row, by the attention of global heads alone.
+
+        Also what some of the rows, given by index, read of each row.
+        """
         rows, decoder, counter = self._rows, self._decoder, self._counter
         pages = self._global_rows(layer, pick.heads)
         num_rows, positions = rows.num_documents, rows.q_positions[: rows.num_documents]
@@ -214,9 +247,27 @@ class RecoveryPass:
             if decoder.computes_columns(layer, "q_proj")
             else decoder.shape.num_kv_heads,
         )
+
+        def read_by(chosen: Tensor) -> Tensor:
+            slots = self._pool.allocator.position_slots(self._session, layer, among)
+            k, _ = self._pool.read(self._tensor(slots[:, list(pages.heads)], torch.int64))
+            home = rows.key_positions[rows.documents]
+            k = ops.rope_realign(k, positions - home, decoder.inv_freq)
+            counter.reading(len(chosen), num_rows, len(pages.heads))
+            return weight_read(
+                q[chosen],
+                lse[:, chosen],
+                k,
+                positions[chosen],
+                positions,
+                int(self._rules.windows[layer, pages.heads[0]]),  # the same for all global heads
+                decoder.softmax_scale,
+                decoder.softcap,
+            )
+
         if pick.by == "attention_norm":
-            return ops.token_importance(out)
-        return self._foreign(layer, pages, q, out, lse)
+            return ops.token_importance(out), read_by
+        return self._foreign(layer, pages, q, out, lse), read_by
 
     def _foreign(
         self, layer: int, pages: GlobalRows, q: Tensor, out: Tensor, lse: Tensor

@@ -13,10 +13,10 @@ from redknot.cache import KVPool
 from redknot.recovery import PromptLayout
 from redknot.recovery.plan import FfnRule
 
-__all__ = ["GlobalRows", "foreign_part", "kv_shift", "select_rows"]
+__all__ = ["GlobalRows", "foreign_part", "kv_shift", "select_rows", "weight_read"]
 
-# Rows whose fp32 copies stay in a CPU's caches.
-_CACHED_ROWS = 256
+# Rows whose fp32 copies stay in a CPU's caches, and rows whose weights of all keys do.
+_CACHED_ROWS, _WEIGHED_ROWS = 256, 16
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,51 @@ def foreign_part(out: Tensor, lse: Tensor, own_out: Tensor, own_lse: Tensor) -> 
     return torch.cat(
         [ops.token_importance(whole.float() - of * own.float()) for whole, of, own in parts]
     )
+
+
+def weight_read(
+    q: Tensor,
+    lse: Tensor,
+    k: Tensor,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    window: int,
+    softmax_scale: float,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Softmax weight [num_keys] fp32 that rows give to each key, over all rows and heads.
+
+    Parameters
+    ----------
+    q : Tensor [num_rows, num_q_heads, head_dim]
+    lse : Tensor [num_q_heads, num_rows]
+        Of each row over all keys that it sees, `k` and others.
+    k : Tensor [num_keys, num_kv_heads, head_dim]
+        Turned to their true positions, like `q`.
+    q_positions, k_positions : Tensor [num_rows], [num_keys]
+    window : int
+        How far all of the heads see; negative: everything.
+    softcap : float
+        Of the scores; 0: none.
+    """
+    read = torch.zeros(len(k), device=k.device)
+    num_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    for begin in range(0, len(q), _WEIGHED_ROWS):
+        rows = slice(begin, begin + _WEIGHED_ROWS)
+        positions = q_positions[rows, None]
+        seen = k_positions <= positions
+        if window >= 0:
+            seen &= k_positions > positions - window
+        seen = seen[:, None].float()
+        for head in range(num_heads):
+            of_head = slice(head * group, (head + 1) * group)
+            scores = (q[rows, of_head].flatten(0, 1) * softmax_scale @ k[:, head].T).float()
+            if softcap:
+                scores = softcap * (scores / softcap).tanh()
+            scores = scores.unflatten(0, (-1, group)).sub_(lse[of_head, rows].T[:, :, None])
+            # Weights of what is seen are at most 1, and exp is slow for minus infinity.
+            read += scores.clamp_(max=0.0).exp_().mul_(seen).sum((0, 1))
+    return read
 
 
 def kv_shift(k: Tensor, v: Tensor, old_k: Tensor, old_v: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ def build_candidates(
     if controls:
         wrong, none = engine_for(other_heads(heads)), engine_for(_no_global_heads(heads))
         ours = LiveSpan()
-        share = ours.row_fraction + ours.early_fraction
+        share = ours.row_fraction + ours.read_fraction + ours.early_fraction
         found += [
             Candidate("random rows", RandomRows(row_fraction=share), engine, True),
             Candidate("redknot, wrong heads", RedKnot(), wrong, True),

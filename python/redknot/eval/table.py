@@ -14,6 +14,8 @@ __all__ = ["Gate", "make_rows", "shared_agreement"]
 
 Record = dict[str, Any]
 
+_PUBLISHED = "redknot"  # the label of the policy to whose KL the others' are compared
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -55,8 +57,11 @@ def make_rows(
         costs = {c.label: _costs(mine, c.label) for c in own}
         for task in tasks:
             dense = _column(mine, own[0].label, task, "score")
+            published = None
+            if _PUBLISHED in mine[0]["answers"]:
+                published = _column(mine, _PUBLISHED, task, "kl")
             for c in own:
-                row = _quality(mine, c.label, task, dense, seed)
+                row = _quality(mine, c.label, task, dense, published, seed)
                 row |= {
                     "length": mine[0]["length"] or round(fmean(r["prompt_tokens"] for r in mine)),
                     "prompts_left_out": left_out,
@@ -94,7 +99,12 @@ def _column(records: Sequence[Record], label: str, task: str, what: str) -> list
 
 
 def _quality(
-    records: Sequence[Record], label: str, task: str, dense: Sequence[float], seed: int
+    records: Sequence[Record],
+    label: str,
+    task: str,
+    dense: Sequence[float],
+    published: Sequence[float] | None,
+    seed: int,
 ) -> dict[str, Any]:
     scores = _column(records, label, task, "score")
     clusters = [record["number"] for record in records for t in record["questions"] if t == task]
@@ -105,6 +115,7 @@ def _quality(
         ci = cluster_bootstrap(scores, clusters, seed=seed)
     agreement = _column(records, label, task, "agreement")
     kl = _column(records, label, task, "kl")
+    farther = None if published is None else [a - b for a, b in zip(kl, published, strict=True)]
     return {
         "policy": label,
         "task": task,
@@ -118,6 +129,8 @@ def _quality(
         "token_agreement": sum(a for a, _ in agreement) / max(sum(b for _, b in agreement), 1),
         "kl": fmean(kl),
         "kl_ci": list(cluster_bootstrap(kl, clusters, seed=seed)),
+        "kl_minus_redknot": farther and fmean(farther),
+        "kl_minus_redknot_ci": farther and list(cluster_bootstrap(farther, clusters, seed=seed)),
     }
 
 

@@ -13,6 +13,7 @@ from redknot.recovery.naive import Naive
 from redknot.recovery.plan import (
     FfnRule,
     LayerPlan,
+    LookAhead,
     Pick,
     Placement,
     PromptLayout,
@@ -34,6 +35,7 @@ __all__ = [
     "LayerPlan",
     "Ledger",
     "LiveSpan",
+    "LookAhead",
     "ModelShape",
     "Naive",
     "Pick",

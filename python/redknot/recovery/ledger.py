@@ -133,6 +133,12 @@ class FlopCounter:
 
         self._later.append(count)
 
+    def reading(self, rows: int, keys: int, num_kv_heads: int) -> None:
+        """Weights of `keys` keys of some KV heads, turned to their places, in `rows` rows."""
+        shape = self.shape
+        self._add("probe", 3.0 * keys * num_kv_heads * shape.head_dim)
+        self._add("probe", 2.0 * rows * keys * num_kv_heads * shape.group_size * shape.head_dim)
+
     def kv_shift(self, rows: int, num_kv_heads: int) -> None:
         """Squared distances of new K and V from cached ones."""
         self._add("selection", 6.0 * rows * num_kv_heads * self.shape.head_dim)

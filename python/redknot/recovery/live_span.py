@@ -11,7 +11,14 @@ import numpy as np
 from redknot.errors import InputError
 from redknot.heads import HeadMap
 from redknot.recovery.options import check_counts, check_shares, check_signals
-from redknot.recovery.plan import FfnRule, Pick, PromptLayout, RecoveryPlan, Signal
+from redknot.recovery.plan import (
+    FfnRule,
+    LookAhead,
+    Pick,
+    PromptLayout,
+    RecoveryPlan,
+    Signal,
+)
 from redknot.recovery.policy import Policy
 from redknot.recovery.span import (
     SpanRows,
@@ -19,6 +26,7 @@ from redknot.recovery.span import (
     span_begin,
     span_entry_layer,
     span_plan,
+    span_start,
 )
 
 __all__ = ["LiveSpan"]
@@ -29,22 +37,25 @@ class LiveSpan(Policy):
     """Rows live only where they can matter, and only those that something reached.
 
     With the cached K/V of local heads taken as right, a row of a moved document differs from its
-    offline self only through global heads. So rows enter at the first layer with a global head that
-    matters, from the hidden state that the offline pass stored there; that layer's global heads
-    alone are computed for all of them, and the rows that these heads change least are dropped at
-    once and keep their cached K/V. The others live until the last layer with a global head has
-    their K and V. Where a weaker global head sits in layer 0, the few rows that it changes most are
-    carried from the embeddings on.
+    offline self only through global heads. So the global heads of the first layer that matters are
+    asked, given the hidden states that the offline pass stored there, which rows they change most:
+    these are kept, and the rows from which these read most. All others are dropped at once and keep
+    their cached K/V. The kept ones live until the last layer with a global head has their K and V.
+    They enter there with the stored hidden states; where weaker global heads come before, which
+    these states lack, they are computed from the embeddings on, and so are the few rows that the
+    heads of layer 0 change most.
 
     Parameters
     ----------
     row_fraction : float
-        Share of the moved documents' rows that are kept, in [0, 1], edge and early rows not
+        Share of the moved documents' rows that are kept, in [0, 1], edge, early and read rows not
         counted.
+    read_fraction : float
+        Share of the rows that are kept besides, in [0, 1]: those to which these heads give most
+        weight in the kept rows.
     early_fraction : float
-        Share of the rows that live from layer 0 on, in [0, 1], edge rows not counted: those into
-        which its global heads bring most. Nothing unless layer 0 has some and the span begins
-        later and drops rows.
+        Share of the rows that are kept besides, in [0, 1], because the global heads of layer 0
+        bring most into them. Nothing unless it has some and the rows are picked by a later layer.
     min_rows : int
         The least number of rows that are kept.
     signal : {"foreign", "attention_norm"}
@@ -68,13 +79,14 @@ class LiveSpan(Policy):
     boundary_rows : int
         First rows of each moved document that live in every layer, with K/V replaced in all heads.
     first_layer : int, optional
-        Where rows enter and are picked; default: the first layer with a global head that has at
+        Whose global heads pick the rows; default: the first layer with a global head that has at
         least a tenth of the largest sensitivity, where the head map tells them.
     draw_seed : int
         Of the random signal.
     """
 
     row_fraction: float = 0.05
+    read_fraction: float = 0.02
     early_fraction: float = 0.01
     min_rows: int = 1
     signal: Literal["foreign", "attention_norm"] = "foreign"
@@ -90,7 +102,7 @@ class LiveSpan(Policy):
     name: ClassVar[str] = "live_span"
 
     def __post_init__(self) -> None:
-        check_shares(self, "row_fraction", "early_fraction", zero=True)
+        check_shares(self, "row_fraction", "read_fraction", "early_fraction", zero=True)
         check_shares(self, "ffn_mass")
         check_counts(self, "min_rows", "dense_until", "edge_rows", "boundary_rows", "first_layer")
         check_counts(self, "draw_seed")
@@ -101,24 +113,30 @@ class LiveSpan(Policy):
             )
 
     def entry_layer(self, heads: HeadMap) -> int | None:
-        """First layer of the span, unless no row enters there."""
+        """The layer that picks, unless it needs no stored hidden states."""
         begin = span_begin(heads, self.first_layer)
         return span_entry_layer(heads, begin) if self.row_fraction or self.min_rows else None
 
     def plan(self, layout: PromptLayout, heads: HeadMap) -> RecoveryPlan:
-        """Rows from the first layer that matters to the last global head; picked in the first."""
+        """Rows up to the last global head, picked by those of the first layer that matters."""
         rows = SpanRows.of(layout, self.boundary_rows, self.edge_rows)
         begin = span_begin(heads, self.first_layer)
-        keep = max(math.ceil(self.row_fraction * len(rows.span)), self.min_rows)
-        droppable = len(rows.span) - len(rows.edge) - keep
-        pick = early_pick = None
+        start, total = span_start(heads, begin), len(rows.span)
+        keep = max(math.ceil(self.row_fraction * total), self.min_rows)
+        droppable = total - len(rows.edge) - keep
+        pick = early_pick = ahead = None
         if not keep:
             rows = replace(rows, span=rows.edge)
         elif droppable > 0 and begin is not None:
-            pick = Pick(keep, rows.edge, self.signal, probed_heads(heads, begin))
-            early = min(math.ceil(self.early_fraction * len(rows.span)), droppable)
-            if early and span_entry_layer(heads, begin) and heads.whole.is_global[0].any():
-                early_pick = Pick(early, rows.edge, self.signal, probed_heads(heads, 0))
+            read = min(math.ceil(self.read_fraction * total), droppable)
+            probed = probed_heads(heads, begin)
+            pick = Pick(keep, rows.edge, self.signal, probed, read)
+            if start != begin:
+                ahead = LookAhead(begin, rows.span, pick)
+                early = min(math.ceil(self.early_fraction * total), droppable - read)
+                if early and heads.whole.is_global[0].any():
+                    early_pick = Pick(early, rows.edge, self.signal, probed_heads(heads, 0))
+                    rows = replace(rows, span=rows.span.copy())  # a pick's set is its own
         forced = np.concatenate([rows.edge, layout.query_positions])
 
         def ffn(layer: int) -> FfnRule | None:
@@ -128,14 +146,13 @@ class LiveSpan(Policy):
 
         layers = span_plan(
             heads,
-            begin,
+            start,
             rows,
-            pick=pick,
-            early_pick=early_pick,
+            pick=early_pick if ahead else pick,
             refresh_local=self.refresh_local,
             ffn=ffn,
         )
-        return RecoveryPlan(layers, reason=self._reason(heads, begin, pick, early_pick))
+        return RecoveryPlan(layers, self._reason(heads, begin, pick, early_pick), ahead)
 
     def _reason(
         self, heads: HeadMap, begin: int | None, pick: Pick | None, early_pick: Pick | None
@@ -148,6 +165,8 @@ class LiveSpan(Policy):
         if pick is not None:
             heads_of = "strongest global heads" if pick.heads else "global heads"
             which = f"the {pick.keep} rows of the prompt {most}, by the {heads_of} of layer {begin}"
+            if pick.read:
+                which += f", and the {pick.read} that these read most"
         if early_pick is not None:
             which += f"; {early_pick.keep} more by those of layer 0"
         return (

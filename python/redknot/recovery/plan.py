@@ -13,6 +13,7 @@ __all__ = [
     "SIGNALS",
     "FfnRule",
     "LayerPlan",
+    "LookAhead",
     "Pick",
     "Placement",
     "PromptLayout",
@@ -122,12 +123,35 @@ class Pick:
         K and V of all heads lie from the cached ones, so all rows' must be fresh in this layer.
     heads : tuple of int, optional
         The global KV heads that "foreign" and "attention_norm" are taken of; None: all of them.
+    read : int
+        How many rows are kept besides: those to which these heads give most weight in the rows that
+        are kept, the most important 256 of them. Not for "kv_shift".
     """
 
     keep: int
     always: np.ndarray
     by: Literal["foreign", "attention_norm", "kv_shift"]
     heads: tuple[int, ...] | None = None
+    read: int = 0
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    """A pick before the first layer, of rows that are then computed from the embeddings on.
+
+    Attributes
+    ----------
+    layer : int
+        The global heads of this one pick, given the hidden states and the K and V that are stored.
+    rows : np.ndarray
+        Positions of document rows that are picked from, ascending.
+    pick : Pick
+        By what these heads bring.
+    """
+
+    layer: int
+    rows: np.ndarray
+    pick: Pick
 
 
 @dataclass(frozen=True)
@@ -175,12 +199,14 @@ class RecoveryPlan:
     layers : tuple of LayerPlan
     reason : str
         Why these rows live, for the explanation.
+    ahead : LookAhead, optional
     """
 
     layers: tuple[LayerPlan, ...]
     reason: str = ""
+    ahead: LookAhead | None = None
 
     @property
     def picks(self) -> bool:
         """Whether some of the rows are chosen only while the prefill runs."""
-        return any(step.pick is not None for step in self.layers)
+        return self.ahead is not None or any(step.pick is not None for step in self.layers)

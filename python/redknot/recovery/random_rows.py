@@ -12,7 +12,7 @@ from redknot.heads import HeadMap
 from redknot.recovery.options import check_counts, check_shares
 from redknot.recovery.plan import PromptLayout, RecoveryPlan
 from redknot.recovery.policy import Policy
-from redknot.recovery.span import SpanRows, span_begin, span_entry_layer, span_plan
+from redknot.recovery.span import SpanRows, span_begin, span_entry_layer, span_plan, span_start
 
 __all__ = ["RandomRows"]
 
@@ -41,8 +41,10 @@ class RandomRows(Policy):
         check_counts(self, "edge_rows", "draw_seed")
 
     def entry_layer(self, heads: HeadMap) -> int | None:
-        """First layer of the span, unless no row will live."""
-        return span_entry_layer(heads, span_begin(heads)) if self.row_fraction else None
+        """First layer of the span, unless no row enters there."""
+        begin = span_begin(heads)
+        enters = self.row_fraction and span_start(heads, begin)
+        return span_entry_layer(heads, begin) if enters else None
 
     def plan(self, layout: PromptLayout, heads: HeadMap) -> RecoveryPlan:
         """Rows drawn now, in the layers of `LiveSpan`."""
@@ -52,7 +54,7 @@ class RandomRows(Policy):
         drawn = np.random.default_rng(self.draw_seed).choice(others, keep, replace=False)
         rows = replace(rows, span=np.union1d(drawn, rows.edge))
         return RecoveryPlan(
-            span_plan(heads, span_begin(heads), rows),
+            span_plan(heads, span_start(heads, span_begin(heads)), rows),
             reason=f"the first {self.edge_rows} of the document; {keep} rows of the prompt drawn "
             f"by chance; none behind layer {heads.whole.last_global_layer}, the last with a "
             "global head",

@@ -12,7 +12,14 @@ from redknot.errors import InputError
 from redknot.heads import HeadMap
 from redknot.recovery.plan import FfnRule, LayerPlan, Pick, PromptLayout
 
-__all__ = ["SpanRows", "probed_heads", "span_begin", "span_entry_layer", "span_plan"]
+__all__ = [
+    "SpanRows",
+    "probed_heads",
+    "span_begin",
+    "span_entry_layer",
+    "span_plan",
+    "span_start",
+]
 
 # A global head this many times less sensitive than the most sensitive one does not begin the span.
 _MATTERS = 0.1
@@ -65,12 +72,23 @@ def span_begin(heads: HeadMap, chosen: int | None = None) -> int | None:
 
 
 def span_entry_layer(heads: HeadMap, begin: int | None) -> int | None:
-    """Layer whose stored hidden states rows enter from; None for embeddings, or for no rows.
+    """Layer whose stored hidden states are read; None for no layer, and for the embeddings.
 
     What a global head brings into a clean row shows in the K and V of later global heads alone, so
     with one such layer, or none, no row enters.
     """
     return begin if begin and begin != heads.whole.last_global_layer else None
+
+
+def span_start(heads: HeadMap, begin: int | None) -> int | None:
+    """Layer from which the span's rows live: `begin`, or the first of all.
+
+    Global heads before `begin`, weak as they are, bring something into the rows too that is missing
+    in their stored hidden states. So rows are computed from the embeddings on where there are some.
+    """
+    if span_entry_layer(heads, begin) is None:
+        return begin
+    return 0 if heads.whole.is_global[:begin].any() else begin
 
 
 def probed_heads(heads: HeadMap, layer: int) -> tuple[int, ...] | None:
@@ -100,15 +118,14 @@ def _heads_that_matter(heads: HeadMap) -> NDArray[np.bool_]:
 
 def span_plan(
     heads: HeadMap,
-    begin: int | None,
+    start: int | None,
     rows: SpanRows,
     *,
     pick: Pick | None = None,
-    early_pick: Pick | None = None,
     refresh_local: bool = True,
     ffn: Callable[[int], FfnRule | None] = lambda layer: None,
 ) -> tuple[LayerPlan, ...]:
-    """Plan that carries `rows.span` from layer `begin` to the last layer with a global head.
+    """Plan that carries `rows.span` from layer `start` to the last layer with a global head.
 
     In the first, and before it, clean rows have the K and V that are cached; they are replaced in
     later layers, the last included, where the rows end before they attend.
@@ -116,37 +133,31 @@ def span_plan(
     Parameters
     ----------
     heads : HeadMap
-    begin : int, optional
-        See `span_begin`; None without a global head.
+    start : int, optional
+        See `span_start`; None without a global head.
     rows : SpanRows
     pick : Pick, optional
         Which rows are kept, in the span's first layer; the edge always is.
-    early_pick : Pick, optional
-        Rows that are carried from the embeddings on besides the edge, picked in layer 0; for a
-        span that begins later and a `pick`.
     refresh_local : bool
         Whether K and V of local heads are replaced too wherever rows attend, and not those of
         global ones alone; before the span the edge's.
     ffn : callable
         The FFN's rule of a layer.
     """
-    first, last = begin, heads.whole.last_global_layer
-    if first is None or last is None:
+    last = heads.whole.last_global_layer
+    if start is None or last is None:
         return (LayerPlan(rows.boundary, rows.boundary, rows.boundary),) * heads.num_layers
-    assert early_pick is None or (pick is not None and first)
-    early = rows.edge if early_pick is None else rows.span.copy()  # a pick's set is its own
     layers = []
     for layer in range(heads.num_layers):
-        live = rows.span if layer >= first else early
-        fresh = rows.span if layer > first else early if layer else rows.edge
-        local = rows.span if layer > first else rows.edge
+        live = rows.span if layer >= start else rows.edge
+        fresh = rows.span if layer > start else rows.edge
         layers.append(
             LayerPlan(
                 live if layer < last else rows.boundary,
                 fresh if layer <= last else rows.boundary,
-                local if refresh_local and 0 < layer < last else rows.boundary,
-                ffn(layer) if first <= layer < last else None,
-                pick if layer == first < last else early_pick if layer == 0 else None,
+                fresh if refresh_local and 0 < layer < last else rows.boundary,
+                ffn(layer) if start <= layer < last else None,
+                pick if layer == start < last else None,
             )
         )
     return tuple(layers)
