@@ -196,7 +196,8 @@ def test_a_weight_of_another_shape(model_dir, documents, tmp_path, capsys):
      (["--repeats", "0"], ["--repeats"]),
      (["--policy", "naive", "--boundary-rows", "3"], ["--boundary-rows"]),
      (["--ffn-mass", "0"], ["ffn_mass"]),
-     (["--page-size", "0"], ["page_size"])],
+     (["--page-size", "0"], ["page_size"]),
+     (["--device", "abacus"], ["device 'abacus' cannot be used"])],
 )  # fmt: skip
 def test_bad_options(model_dir, documents, more, words, capsys):
     fails(capsys, command(model_dir, documents, *more), *words)
@@ -204,4 +205,5 @@ def test_bad_options(model_dir, documents, more, words, capsys):
 
 def test_no_model(documents, tmp_path, capsys):
     fails(capsys, command(tmp_path, documents), "no config.json")
+    fails(capsys, command(tmp_path / "none", documents), "there is no such folder")
     fails(capsys, ["demo", "--questions", "0"], "--questions")

@@ -150,6 +150,13 @@ def test_models_that_are_refused(model):
         make_engine(both_ways)
 
 
+def test_a_policy_is_an_object(model):
+    with pytest.raises(InputError, match=r"policy must be one such as .*, got 'naive'"):
+        make_engine(model, policy="naive")
+    with pytest.raises(InputError, match="policy must be one such as"):
+        make_engine(model).prefill([], [5], policy=RedKnot)
+
+
 @pytest.mark.parametrize("options", [{"page_size": 0}, {"page_size": 2.5}, {"store": "s3://x"}])
 def test_bad_engine_options(model, options):
     with pytest.raises(InputError, match=next(iter(options))):

@@ -315,6 +315,7 @@ def test_a_refused_attach_changes_nothing():
     clean = snapshot(model)
     for heads, options, error, message in [
         (HeadMap.all_global(4, 2), {}, HeadMapError, "for 4 layers of 2 KV heads"),
+        ("heads.json", {}, InputError, "heads must be a HeadMap, got str"),
         (every_head_global(model), {"page_size": 0}, InputError, "page_size must be"),
         (every_head_global(model), {"prefill_chunk_size": 0}, InputError, "prefill_chunk_size"),
         (every_head_global(model), {"sparse_ffn": 0.5}, InputError, "sparse_ffn must be a Sparse"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from redknot.cli.output import quiet_libraries, table
+from redknot.eval.bench import BENCHES
 
 __all__ = ["add_parser", "run"]
 
@@ -21,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
         description="Measure one part on named model shapes: time, TFLOP/s, GB/s, share of the "
         "roofs measured at start, and ratios to peers in the same run.",
     )
-    parser.add_argument("name", metavar="NAME", help="attention, ffn, rope, allocator, ttft, ...")
+    parser.add_argument("name", metavar="NAME", help=", ".join(BENCHES))
     parser.add_argument("--quick", action="store_true", help="few cases: under a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the rows to FILE.png")
@@ -29,7 +30,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16, float32")
     parser.add_argument(
-        "--isa", default="", help="instruction set of the CPU kernels: default, avx2, avx512"
+        "--isa", default="", help="instruction set of the CPU kernels: default, avx2, avx512, amx"
     )
     parser.add_argument(
         "--model", action="append", default=[], metavar="NAME", help="named shape; may be repeated"

@@ -53,7 +53,7 @@ def add_parser(subparsers: Any) -> None:
     engine.add_argument("--page-size", type=int, default=16, help="tokens per page (default 16)")
     engine.add_argument("--kv-budget", default="1GiB", help="of each page pool (default 1GiB)")
     engine.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    engine.add_argument("--device", default="cpu")
+    engine.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     engine.add_argument("--threads", type=int, help="default 1 for the embedded model, else all")
     engine.add_argument("--alone", action="store_true", help="cache documents without the prefix")
     text = parser.add_argument_group("JSONL files")

@@ -44,7 +44,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
     )
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--alone", action="store_true", help="cache documents without the prefix")
     parser.add_argument("--no-chat", action="store_true", help="do not use the chat template")
     parser.add_argument("--stop", action="append", default=[], help="stop string (repeat for more)")

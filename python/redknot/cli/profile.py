@@ -64,7 +64,7 @@ def add_parser(subparsers: Any) -> None:
     measure.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto"
     )
-    measure.add_argument("--device", default="cpu")
+    measure.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     measure.add_argument("--threads", type=int, help="default: all")
 
     classify = parser.add_argument_group(

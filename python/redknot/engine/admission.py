@@ -110,7 +110,7 @@ class Admission:
         parts = [self._documents.prefix_ids]
         parts += [self._documents.token_ids(document) for document in documents]
         token_ids = np.concatenate([*parts, question_ids])
-        heads = policy.effective_heads(self._heads)
+        heads = Policy.checked(policy).effective_heads(self._heads)
         windows, sinks = heads.rules(decoder.sliding_windows)
         rules = HeadRules(heads.is_global, windows, sinks, PageSelector.of(heads))
         # What the policy does not read from the cache may go.

@@ -135,7 +135,7 @@ class Engine(Answers):
             Admission(runner, self.documents, heads),
             prompt_format,
             tokenizer,
-            policy if policy is not None else RedKnot(),
+            RedKnot() if policy is None else Policy.checked(policy),
         )
 
     # --- offline ---------------------------------------------------------------------------------

@@ -100,14 +100,14 @@ def attach(
     family = family_of(config)
     if model in _attachments:
         raise ModelError("this model is attached already; call redknot.detach(model) first")
+    if not isinstance(heads, HeadMap):
+        raise InputError(f"heads must be a HeadMap, got {type(heads).__name__}")
+    if sparse_ffn is not None and not isinstance(sparse_ffn, SparseFFN):
+        raise InputError(f"sparse_ffn must be a SparseFFN, got {type(sparse_ffn).__name__}")
     heads.check_model(
         config.num_hidden_layers, config.num_key_value_heads, checkpoint_fingerprint(model)
     )
     windows, sinks = heads.rules(family.sliding_windows(config))
-    for name, value in (("sparse_ffn", sparse_ffn), ("heads", heads)):
-        kind = {"sparse_ffn": SparseFFN, "heads": HeadMap}[name]
-        if value is not None and not isinstance(value, kind):
-            raise InputError(f"{name} must be a {kind.__name__}, got {type(value).__name__}")
     if prefill_chunk_size is not None and prefill_chunk_size < 1:
         raise InputError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from redknot.errors import ModelError
 from redknot.models.families import family_of
 
@@ -15,8 +17,7 @@ def load_config(model: str | Path) -> Any:
     """Read the configuration of a checkpoint folder or hub id, of a supported family."""
     from transformers import AutoConfig
 
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise ModelError(f"{model}: no config.json in this folder; is it a checkpoint?")
+    _check_folder(model)
     try:
         config = AutoConfig.from_pretrained(str(model))
     except Exception as error:  # Hugging Face raises many types here; all mean the same to a user
@@ -42,10 +43,14 @@ def load_model(model: str | Path, *, dtype: Any = "auto", device: str = "cpu") -
     Raises
     ------
     ModelError
-        For an unsupported family, missing weights or a corrupt file.
+        For an unsupported family, missing weights, a corrupt file, or a device that is not there.
     """
     from transformers import AutoModelForCausalLM
 
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"device {device!r} cannot be used: {_first_line(error)}") from error
     config = load_config(model)
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
@@ -72,12 +77,22 @@ def load_tokenizer(model: str | Path, *, missing_ok: bool = False) -> Any:
     """Load the tokenizer saved beside a model; None if there is none and `missing_ok`."""
     from transformers import AutoTokenizer
 
+    _check_folder(model)
     try:
         return AutoTokenizer.from_pretrained(str(model))
     except Exception as error:
         if missing_ok:
             return None
         raise ModelError(f"{model}: cannot load the tokenizer: {_first_line(error)}") from error
+
+
+def _check_folder(model: str | Path) -> None:
+    """Refuse a folder without a checkpoint, and what looks like a folder but is none."""
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ModelError(f"{model}: no config.json in this folder; is it a checkpoint?")
+    if not folder.exists() and (isinstance(model, Path) or model.startswith((".", "/", "~"))):
+        raise ModelError(f"{model}: there is no such folder")
 
 
 def _first_line(error: Exception) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from redknot.errors import InputError
 from redknot.heads import HeadMap
 from redknot.recovery.plan import PromptLayout, RecoveryPlan
 
@@ -32,3 +33,10 @@ class Policy(ABC):
 
         `heads` is the map as given, not `effective_heads` of it.
         """
+
+    @staticmethod
+    def checked(policy: Policy) -> Policy:
+        """Return `policy`; InputError for anything else, such as a policy's name or class."""
+        if not isinstance(policy, Policy):
+            raise InputError(f"policy must be one such as redknot.RedKnot(), got {policy!r}")
+        return policy
