@@ -128,7 +128,7 @@ class _Generator(torch.Generator):
         return super().__new__(cls, device="cpu")
 
 
-def _have_device_guard() -> None:
+def lend_device_guard() -> None:
     """A torch without CUDA has no guard of its devices: lend it the one of `meta`, a no-op."""
     if torch.backends.cuda.is_built():
         return
@@ -142,7 +142,7 @@ def _have_device_guard() -> None:
 @contextmanager
 def pretend_cuda() -> Iterator[None]:
     """What is made for a CUDA device inside is `OnDevice`."""
-    _have_device_guard()
+    lend_device_guard()
     with PretendCuda(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "synchronize", lambda device=None: None)

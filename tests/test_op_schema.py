@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from paged_case import paged_rows
+from pretend_cuda import lend_device_guard
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from redknot import ops
 
@@ -140,6 +142,32 @@ def test_a_layer_through_inductor() -> None:
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r'_cpu_isa: isa must be one .* got "sve"'):
         RAW._cpu_isa("sve")
+
+
+class OnGpu(Tensor):
+    """Says cuda:0 and holds nothing: an operator that read its values would not survive it."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor) -> OnGpu:
+        return Tensor._make_wrapper_subclass(
+            cls, like.size(), strides=like.stride(), dtype=like.dtype, device="cuda:0"
+        )
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: object, *_: object) -> object:
+        raise AssertionError(f"{func} was called")
+
+
+@pytest.mark.skipif(ops.has_cuda_kernels(), reason="redknot was built with CUDA")
+@pytest.mark.parametrize("name", cases())
+def test_a_build_without_cuda_refuses_tensors_on_a_gpu(name: str) -> None:
+    op, args, kwargs = tree_map_only(Tensor, OnGpu, cases()[name])
+    lend_device_guard()
+    message = r"must be on the CPU: redknot was built without CUDA"
+    with torch._C._DisableTorchDispatch(), pytest.raises(RuntimeError, match=message):
+        op(*args, **kwargs)
 
 
 def test_a_missing_library_names_the_build_command(tmp_path: Path) -> None:

@@ -128,11 +128,10 @@ void Arguments::matches(const char* name,
         ", got ",
         describe(tensor));
   if (cuda_device_ == kNoCudaDevice) {
-#if defined(REDKNOT_WITH_CUDA)
-    check(tensor.is_cpu(), name, " must be on the CPU like the other arguments");
-#else
-    check(tensor.is_cpu(), name, " must be on the CPU: redknot was built without CUDA");
-#endif
+    check(tensor.is_cpu(),
+          name,
+          " must be on the CPU",
+          kHasCuda ? " like the other arguments" : ": redknot was built without CUDA");
   } else {
     check(tensor.is_cuda() && tensor.get_device() == cuda_device_,
           name,
@@ -215,6 +214,26 @@ int64_t Arguments::inv_freq(const Tensor& inv_freq, int64_t head_dim) const {
         " elements, got ",
         describe(inv_freq));
   return rotary_dim;
+}
+
+void Arguments::page_ref(int64_t index,
+                         const PageRef& ref,
+                         int64_t num_pages,
+                         int64_t page_size) const {
+  check(ref.page >= 0 && ref.page < num_pages,
+        "page_refs[",
+        index,
+        "] must name a page below num_pages = ",
+        num_pages,
+        ", got ",
+        ref.page);
+  check(ref.num_valid >= 0 && ref.num_valid <= page_size,
+        "page_refs[",
+        index,
+        "] must have 0 to page_size = ",
+        page_size,
+        " valid slots, got ",
+        ref.num_valid);
 }
 
 void Arguments::offsets(const char* name,

@@ -11,6 +11,7 @@
 #include <ostream>
 
 #include "redknot/check.h"
+#include "redknot/paged_kv.h"
 #include "redknot/pages.h"
 #include "redknot/types.h"
 
@@ -38,8 +39,9 @@ class Arguments {
  public:
   // On the CPU.
   explicit Arguments(const char* op) : op_(op), cuda_device_(kNoCudaDevice) {}
-  // On the CPU or CUDA device of `first`.
-  Arguments(const char* op, const Tensor& first) : op_(op), cuda_device_(first.get_device()) {}
+  // On the CPU or CUDA device of `first`; on the CPU where there is no other implementation.
+  Arguments(const char* op, const Tensor& first)
+      : op_(op), cuda_device_(kHasCuda ? first.get_device() : kNoCudaDevice) {}
 
   // Tensor of that dtype and shape whose last dimension is contiguous.
   void tensor(const char* name, const Tensor& tensor, ScalarType dtype, Dims dims) const;
@@ -56,6 +58,8 @@ class Arguments {
   PagePool pool(const Tensor& k_cache, const Tensor& v_cache) const;
   // fp32 [rotary_dim / 2] with rotary_dim <= head_dim; returns rotary_dim.
   int64_t inv_freq(const Tensor& inv_freq, int64_t head_dim) const;
+  // Values of a page reference, the one at `index`.
+  void page_ref(int64_t index, const PageRef& ref, int64_t num_pages, int64_t page_size) const;
   // int32 [n + 1]: starts at 0, never falls, ends at `end`.
   void offsets(const char* name, const Tensor& tensor, const char* end_name, int64_t end) const;
 
@@ -72,6 +76,11 @@ class Arguments {
                const DTypeRule& dtype_rule,
                Dims dims) const;
 
+#if defined(REDKNOT_WITH_CUDA)
+  static constexpr bool kHasCuda = true;
+#else
+  static constexpr bool kHasCuda = false;
+#endif
   static constexpr int32_t kNoCudaDevice = -1;  // what get_device() says of a CPU tensor
 
   const char* op_;

@@ -55,20 +55,7 @@ void check_refs(const Arguments& args,
     int64_t next_position = 0;
     for (int32_t r = rows.row_indptr[row]; r < rows.row_indptr[row + 1]; ++r) {
       const PageRef& ref = refs[r];
-      args.check(ref.page >= 0 && ref.page < pool.num_pages,
-                 "page_refs[",
-                 r,
-                 "] must name a page below num_pages = ",
-                 pool.num_pages,
-                 ", got ",
-                 ref.page);
-      args.check(ref.num_valid >= 0 && ref.num_valid <= pool.page_size,
-                 "page_refs[",
-                 r,
-                 "] must have 0 to page_size = ",
-                 pool.page_size,
-                 " valid slots, got ",
-                 ref.num_valid);
+      args.page_ref(r, ref, pool.num_pages, pool.page_size);
       args.check(ref.first_position >= next_position &&
                      int64_t{ref.first_position} + ref.num_valid <= INT32_MAX,
                  "page_refs of a row must be ordered by position without overlap, got position ",

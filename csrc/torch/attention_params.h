@@ -56,42 +56,6 @@ SegPagedAttentionParams attention_params(const Arguments& args,
 // The two forms of the op on a device that does with its arguments what kAttend does.
 template <void (*kAttend)(const AttentionInputs&, const Tensor& out, const Tensor* maybe_lse)>
 struct AttentionOps {
-  static std::tuple<Tensor, Tensor> returning(const Tensor& q,
-                                              const Tensor& k_cache,
-                                              const Tensor& v_cache,
-                                              const Tensor& row_indptr,
-                                              const Tensor& page_refs,
-                                              const Tensor& cu_seqlens_q,
-                                              const Tensor& q_positions,
-                                              const Tensor& row_window,
-                                              const Tensor& row_sink,
-                                              std::optional<Tensor> inv_freq,
-                                              bool rope_interleaved,
-                                              std::optional<double> softmax_scale,
-                                              double softcap,
-                                              std::optional<Tensor> plan,
-                                              bool return_lse) {
-    const Arguments args("seg_paged_attention", q);
-    args.floating("q", q, {"num_tokens", "num_q_heads", "head_dim"});
-    const Tensor out = new_result(q, q.sizes());
-    const Tensor lse = return_lse
-                           ? torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float)
-                           : torch::stable::new_empty(q, {0}, ScalarType::Float);
-    kAttend({q,
-             k_cache,
-             v_cache,
-             {row_indptr, cu_seqlens_q, q_positions, row_window, row_sink},
-             page_refs,
-             inv_freq,
-             rope_interleaved,
-             softmax_scale,
-             softcap,
-             plan},
-            out,
-            return_lse ? &lse : nullptr);
-    return {out, lse};
-  }
-
   static void writing(const Tensor& q,
                       const Tensor& k_cache,
                       const Tensor& v_cache,
@@ -120,6 +84,45 @@ struct AttentionOps {
              plan},
             out,
             lse.has_value() ? &*lse : nullptr);
+  }
+
+  static std::tuple<Tensor, Tensor> returning(const Tensor& q,
+                                              const Tensor& k_cache,
+                                              const Tensor& v_cache,
+                                              const Tensor& row_indptr,
+                                              const Tensor& page_refs,
+                                              const Tensor& cu_seqlens_q,
+                                              const Tensor& q_positions,
+                                              const Tensor& row_window,
+                                              const Tensor& row_sink,
+                                              std::optional<Tensor> inv_freq,
+                                              bool rope_interleaved,
+                                              std::optional<double> softmax_scale,
+                                              double softcap,
+                                              std::optional<Tensor> plan,
+                                              bool return_lse) {
+    const Arguments args("seg_paged_attention", q);
+    args.floating("q", q, {"num_tokens", "num_q_heads", "head_dim"});
+    const Tensor out = new_result(q, q.sizes());
+    std::optional<Tensor> lse;
+    if (return_lse) lse = torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float);
+    writing(q,
+            k_cache,
+            v_cache,
+            row_indptr,
+            page_refs,
+            cu_seqlens_q,
+            q_positions,
+            row_window,
+            row_sink,
+            inv_freq,
+            rope_interleaved,
+            softmax_scale,
+            softcap,
+            plan,
+            out,
+            lse);
+    return {out, lse.has_value() ? *lse : torch::stable::new_empty(q, {0}, ScalarType::Float)};
   }
 };
 

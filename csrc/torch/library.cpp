@@ -2,19 +2,18 @@
 // implementations register themselves in *_op.cpp (CPU) and cuda/*_op.cpp.
 #include <torch/csrc/stable/library.h>
 
+// What both forms of attention take.
+#define RK_ATTENTION_INPUTS                                                         \
+  "Tensor q, Tensor k_cache, Tensor v_cache, Tensor row_indptr, Tensor page_refs, " \
+  "Tensor cu_seqlens_q, Tensor q_positions, Tensor row_window, Tensor row_sink, "   \
+  "Tensor? inv_freq=None, bool rope_interleaved=False, float? softmax_scale=None, " \
+  "float softcap=0.0, Tensor? plan=None"
+
 STABLE_TORCH_LIBRARY(redknot, m) {
-  m.def(
-      "seg_paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor row_indptr, "
-      "Tensor page_refs, Tensor cu_seqlens_q, Tensor q_positions, Tensor row_window, "
-      "Tensor row_sink, Tensor? inv_freq=None, bool rope_interleaved=False, "
-      "float? softmax_scale=None, float softcap=0.0, Tensor? plan=None, bool return_lse=False) "
-      "-> (Tensor out, Tensor lse)");
-  m.def(
-      "seg_paged_attention_out(Tensor q, Tensor k_cache, Tensor v_cache, Tensor row_indptr, "
-      "Tensor page_refs, Tensor cu_seqlens_q, Tensor q_positions, Tensor row_window, "
-      "Tensor row_sink, Tensor? inv_freq=None, bool rope_interleaved=False, "
-      "float? softmax_scale=None, float softcap=0.0, Tensor? plan=None, *, Tensor(a!) out, "
-      "Tensor(b!)? lse=None) -> ()");
+  m.def("seg_paged_attention(" RK_ATTENTION_INPUTS
+        ", bool return_lse=False) -> (Tensor out, Tensor lse)");
+  m.def("seg_paged_attention_out(" RK_ATTENTION_INPUTS
+        ", *, Tensor(a!) out, Tensor(b!)? lse=None) -> ()");
   m.def(
       "seg_paged_plan(Tensor row_indptr, Tensor cu_seqlens_q, Tensor q_positions, "
       "Tensor row_window, Tensor row_sink, int num_q_heads, int page_size, int num_workers) "

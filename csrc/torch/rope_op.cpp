@@ -88,17 +88,6 @@ RopeRealignPagesParams rope_realign_pages_params(const Tensor& k_cache,
 
 namespace {
 
-Tensor rope_realign(const Tensor& k,
-                    int64_t offset,
-                    const Tensor& inv_freq,
-                    bool interleaved,
-                    std::optional<Tensor> offsets) {
-  const Tensor out = new_result(k, k.sizes());
-  cpu::rope_realign(rope_realign_params(k, offset, inv_freq, interleaved, offsets, out),
-                    torch_executor());
-  return out;
-}
-
 void rope_realign_out(const Tensor& k,
                       int64_t offset,
                       const Tensor& inv_freq,
@@ -109,6 +98,17 @@ void rope_realign_out(const Tensor& k,
                     torch_executor());
 }
 
+Tensor rope_realign(const Tensor& k,
+                    int64_t offset,
+                    const Tensor& inv_freq,
+                    bool interleaved,
+                    std::optional<Tensor> offsets) {
+  Arguments("rope_realign", k).floating("k", k, {"num_tokens", "num_heads", "head_dim"});
+  const Tensor out = new_result(k, k.sizes());
+  rope_realign_out(k, offset, inv_freq, interleaved, offsets, out);
+  return out;
+}
+
 void rope_realign_pages(const Tensor& k_cache,
                         const Tensor& page_refs,
                         const Tensor& inv_freq,
@@ -117,24 +117,10 @@ void rope_realign_pages(const Tensor& k_cache,
   const RopeRealignPagesParams params =
       rope_realign_pages_params(k_cache, page_refs, inv_freq, interleaved);
   const int64_t num_pages = k_cache.size(0);
-  const int64_t page_size = k_cache.size(1);
   const PageRef* refs = params.page_refs;
   std::vector<bool> seen(num_pages);
   for (int64_t r = 0; r < params.num_refs; ++r) {
-    args.check(refs[r].page >= 0 && refs[r].page < num_pages,
-               "page_refs[",
-               r,
-               "] must name a page below num_pages = ",
-               num_pages,
-               ", got ",
-               refs[r].page);
-    args.check(refs[r].num_valid >= 0 && refs[r].num_valid <= page_size,
-               "page_refs[",
-               r,
-               "] must have 0 to page_size = ",
-               page_size,
-               " valid slots, got ",
-               refs[r].num_valid);
+    args.page_ref(r, refs[r], num_pages, params.page_size);
     args.check(!seen[refs[r].page],
                "page_refs must name a page once, got page ",
                refs[r].page,

@@ -5,9 +5,8 @@ with fake tensors; nothing has a backward pass. With CUDA in the build (`has_cud
 tensors are taken too: attention, FFN and linear layers in bfloat16 and float16, attention with
 head_dim 32, 64, 128 or 256 and pages of a multiple of 8 up to 256. Nothing waits for the device, so
 the *values* of index tensors are trusted there (`validate` of `seg_paged_attention` checks them).
-Wrong arguments raise ``RuntimeError`` with a message that names the operator, the argument, the rule
-and what arrived.
-Index tensors are int32 unless said. A *row* is one KV head of one sequence:
+Wrong arguments raise ``RuntimeError`` with a message that names the operator, the argument, the
+rule and what arrived. Index tensors are int32 unless said. A *row* is one KV head of one sequence:
 ``row = seq * num_kv_heads + kv_head``.
 """
 
