@@ -157,6 +157,8 @@ REACH = {
     "queries_in_the_middle": ([(0, 90, 0)], range(30, 50), 16, 2),
     "queries_with_gaps": ([(0, 90, 0)], [0, 1, 17, 40, 41, 89], -1, 0),
     "queries_before_all_keys": ([(50, 20, 0)], range(40, 60), -1, 0),
+    "queries_far_apart": ([(0, 900, 0)], range(3, 900, 13), 70, 4),
+    "queries_far_apart_in_page": ([(0, 333, 0)], range(5, 333, 9), 21, 0),
     "keys_behind_window": ([(0, 20, 0)], range(60, 70), 10, 0),
     "far_positions": ([(2_000_000_000, 40, 0)], range(2_000_000_020, 2_000_000_040), 9, 0),
 }

@@ -28,13 +28,14 @@ class PanelAttention {
         head_dim_(params.pool.head_dim),
         depth_(head_dim_ / Mac::kPerWord),
         scale_(params),
-        num_panels_((queries.rows() + kPanelRows - 1) / kPanelRows) {
+        panel_rows_(are_scattered(queries) ? kLanes : kPanelRows),
+        num_panels_((queries.rows() + panel_rows_ - 1) / panel_rows_) {
     const auto take = [&scratch](int64_t count) {
       float* begin = scratch;
       scratch += (count + kLanes - 1) / kLanes * kLanes;
       return begin;
     };
-    const int64_t lanes = num_panels_ * kPanelRows;
+    const int64_t lanes = num_panels_ * panel_rows_;
     q_ = take(lanes * depth_);
     out_ = take(lanes * head_dim_);
     max_ = take(lanes);
@@ -96,15 +97,23 @@ class PanelAttention {
   }
 
  private:
+  // Whether full panels would reach over far more keys than a window: then a panel is one vector,
+  // which leaves out more of the keys that none of its rows sees.
+  static bool are_scattered(const Queries<T>& queries) {
+    const int64_t rows = queries.rows();
+    if (queries.window() < 0 || rows <= kLanes) return false;
+    const int64_t reach = int64_t{queries.position(rows - 1)} - queries.position(0);
+    return reach * kPanelRows > 2 * queries.window() * rows;
+  }
   // Vectors of panel p.
   int width(int64_t p) const {
-    const int64_t rows = std::min<int64_t>(kPanelRows, queries_.rows() - p * kPanelRows);
+    const int64_t rows = std::min<int64_t>(panel_rows_, queries_.rows() - p * panel_rows_);
     return static_cast<int>((rows + kLanes - 1) / kLanes);
   }
   // The sums of query row m.
   void read_column(int64_t m, float* row) const {
-    const int64_t stride = width(m / kPanelRows) * kLanes;
-    const float* column = out_ + m / kPanelRows * kPanelRows * head_dim_ + m % kPanelRows;
+    const int64_t stride = width(m / panel_rows_) * kLanes;
+    const float* column = out_ + m / panel_rows_ * panel_rows_ * head_dim_ + m % panel_rows_;
     for (int64_t d = 0; d < head_dim_; ++d) row[d] = column[d * stride];
   }
 
@@ -112,11 +121,11 @@ class PanelAttention {
   void pack_queries(int32_t offset) {
     ready_ = true;
     offset_ = offset;
-    std::memset(q_, 0, num_panels_ * kPanelRows * depth_ * sizeof(float));
+    std::memset(q_, 0, num_panels_ * panel_rows_ * depth_ * sizeof(float));
     for (int64_t m = 0; m < queries_.rows(); ++m) {
       queries_.read(m, offset, reinterpret_cast<typename Mac::Element*>(row_));
-      const int64_t stride = width(m / kPanelRows) * kLanes;
-      float* column = q_ + m / kPanelRows * kPanelRows * depth_ + m % kPanelRows;
+      const int64_t stride = width(m / panel_rows_) * kLanes;
+      float* column = q_ + m / panel_rows_ * panel_rows_ * depth_ + m % panel_rows_;
       for (int64_t i = 0; i < depth_; ++i) column[i * stride] = row_[i];
     }
   }
@@ -141,8 +150,8 @@ class PanelAttention {
 
   template <int Width>
   void panel_step(int64_t p, const KeyTile& tile) {
-    const int64_t first = p * kPanelRows;
-    const int64_t last = std::min<int64_t>(first + kPanelRows, queries_.rows()) - 1;
+    const int64_t first = p * panel_rows_;
+    const int64_t last = std::min<int64_t>(first + panel_rows_, queries_.rows()) - 1;
     const TileClass kind = classify_tile(tile.first_position(),
                                          tile.last_position(),
                                          position_[first],
@@ -150,40 +159,48 @@ class PanelAttention {
                                          queries_.window(),
                                          queries_.sink());
     if (kind == TileClass::kSkip) return;
-    // Keys after the panel's last query are for later panels.
-    int count = tile.count;
-    while (count > 0 && tile.positions[count - 1] > position_[last]) --count;
+    // Keys that no query of the panel sees, at both ends: those after its last one, and those
+    // before the window of its first one.
+    const auto is_seen = [&](int32_t key) {
+      return key <= position_[last] && (key < queries_.sink() || key > window_begin_[first]);
+    };
+    int end = tile.count, begin = 0;
+    while (end > 0 && !is_seen(tile.positions[end - 1])) --end;
+    while (begin < end && !is_seen(tile.positions[begin])) ++begin;
+    begin -= begin % Mac::kPerWord;  // words hold whole groups of keys
+    const int count = end - begin;
+    if (count == 0) return;
 
     const float* q = q_ + first * depth_;
     for_each_block(count, [&](int64_t r, auto rows) {
       score_block<Mac, rows(), Width>(
-          tile.k + r, q, depth_, scale_.product, scores_ + r * Width * kLanes);
+          tile.k + begin + r, q, depth_, scale_.product, scores_ + r * Width * kLanes);
     });
     if (scale_.capped != 0.0f) {
       for (float* score = scores_; score < scores_ + count * Width * kLanes; score += kLanes) {
         store(score, scale_.score(load(score)));
       }
     }
-    if (kind == TileClass::kPartial) mask<Width>(first, tile, count);
+    if (kind == TileClass::kPartial) mask<Width>(first, tile.positions + begin, count);
     Vec rescale[Width];
     softmax<Width>(first, count, rescale);
     float* out = out_ + first * head_dim_;
     const int64_t depth = value_depth(count);
     for_each_block(head_dim_, [&](int64_t d, auto rows) {
       value_block<Mac, rows(), Width>(
-          tile.v, 4 * d, scores_, depth, rescale, out + d * Width * kLanes);
+          tile.v + begin / Mac::kPerWord, 4 * d, scores_, depth, rescale, out + d * Width * kLanes);
     });
   }
 
   template <int Width>
-  void mask(int64_t first, const KeyTile& tile, int count) {
+  void mask(int64_t first, const int32_t* positions, int count) {
     for (int c = 0; c < Width; ++c) {
       const VecI position = *reinterpret_cast<const VecI*>(position_ + first + c * kLanes);
       const VecI window_begin = *reinterpret_cast<const VecI*>(window_begin_ + first + c * kLanes);
       for (int i = 0; i < count; ++i) {
-        const VecI key = broadcast(tile.positions[i]);
+        const VecI key = broadcast(positions[i]);
         VecI visible = key <= position;
-        if (tile.positions[i] >= queries_.sink()) visible &= key > window_begin;
+        if (positions[i] >= queries_.sink()) visible &= key > window_begin;
         float* score = scores_ + (i * Width + c) * kLanes;
         store(score, visible ? load(score) : broadcast(-kInf));
       }
@@ -229,6 +246,7 @@ class PanelAttention {
   int64_t head_dim_;
   int64_t depth_;  // words of a query row
   ScoreScale scale_;
+  int64_t panel_rows_;
   int64_t num_panels_;
   bool ready_ = false;
   int32_t offset_ = 0;
