@@ -17,10 +17,12 @@ class PanelAttention {
   using Mac = typename MacOf<T>::Type;
   static constexpr bool kWiden = !std::is_same_v<typename Mac::Element, T>;
   static constexpr int kPanelRows = kMaxWidth * kLanes;
+  // No rotation offset: positions are not negative.
+  static constexpr int32_t kNotPacked = INT32_MIN;
 
   static int64_t scratch_floats(int64_t rows, int64_t head_dim) {
     const int64_t lanes = (rows + kPanelRows - 1) / kPanelRows * kPanelRows;
-    return lanes * (2 * head_dim + 4) + kTileKeys * (kPanelRows + 2 * head_dim) + head_dim + kLanes;
+    return lanes * (2 * head_dim + 5) + kTileKeys * (kPanelRows + 2 * head_dim) + head_dim + kLanes;
   }
 
   PanelAttention(const SegPagedAttentionParams& params, const Queries<T>& queries, float* scratch)
@@ -42,6 +44,8 @@ class PanelAttention {
     sum_ = take(lanes);
     position_ = reinterpret_cast<int32_t*>(take(lanes));
     window_begin_ = reinterpret_cast<int32_t*>(take(lanes));
+    packed_offset_ = reinterpret_cast<int32_t*>(take(num_panels_));
+    std::fill_n(packed_offset_, num_panels_, kNotPacked);
     scores_ = take(kTileKeys * kPanelRows);
     wide_k_ = take(kWiden ? kTileKeys * head_dim_ : 0);
     values_ = take(kTileKeys * head_dim_);
@@ -60,7 +64,6 @@ class PanelAttention {
   }
 
   void consume(KeyTile& tile, const KeyTile*) {
-    if (!ready_ || tile.offset != offset_) pack_queries(tile.offset);
     if constexpr (kWiden) widen_rows<T>(tile.k, tile.count, head_dim_, wide_k_);
     prepare_values(tile);
     for (int64_t p = 0; p < num_panels_; ++p) {
@@ -117,16 +120,19 @@ class PanelAttention {
     for (int64_t d = 0; d < head_dim_; ++d) row[d] = column[d * stride];
   }
 
-  // Panels of words [depth, width]; lanes without a query row hold zeros.
-  void pack_queries(int32_t offset) {
-    ready_ = true;
-    offset_ = offset;
-    std::memset(q_, 0, num_panels_ * panel_rows_ * depth_ * sizeof(float));
-    for (int64_t m = 0; m < queries_.rows(); ++m) {
+  // Turns the queries of panel p by -offset, to words [depth, width]; lanes without a row hold
+  // zeros.
+  template <int Width>
+  void pack_queries(int64_t p, int32_t offset) {
+    packed_offset_[p] = offset;
+    const int64_t first = p * panel_rows_;
+    const int64_t end = std::min<int64_t>(first + panel_rows_, queries_.rows());
+    float* words = q_ + first * depth_;
+    std::memset(words, 0, Width * kLanes * depth_ * sizeof(float));
+    for (int64_t m = first; m < end; ++m) {
       queries_.read(m, offset, reinterpret_cast<typename Mac::Element*>(row_));
-      const int64_t stride = width(m / panel_rows_) * kLanes;
-      float* column = q_ + m / panel_rows_ * panel_rows_ * depth_ + m % panel_rows_;
-      for (int64_t i = 0; i < depth_; ++i) column[i * stride] = row_[i];
+      float* column = words + m - first;
+      for (int64_t i = 0; i < depth_; ++i) column[i * Width * kLanes] = row_[i];
     }
   }
 
@@ -171,6 +177,7 @@ class PanelAttention {
     const int count = end - begin;
     if (count == 0) return;
 
+    if (packed_offset_[p] != tile.offset) pack_queries<Width>(p, tile.offset);
     const float* q = q_ + first * depth_;
     for_each_block(count, [&](int64_t r, auto rows) {
       score_block<Mac, rows(), Width>(
@@ -248,18 +255,17 @@ class PanelAttention {
   ScoreScale scale_;
   int64_t panel_rows_;
   int64_t num_panels_;
-  bool ready_ = false;
-  int32_t offset_ = 0;
-  float* q_;               // per panel [depth, width] words
-  float* out_;             // per panel [head_dim, width]
-  float* max_;             // [lanes]
-  float* sum_;             // [lanes]
-  int32_t* position_;      // [lanes]
-  int32_t* window_begin_;  // [lanes]
-  float* scores_;          // [kTileKeys, width]
-  float* wide_k_;          // [kTileKeys, head_dim]
-  float* values_;          // [kTileKeys, head_dim] words
-  float* row_;             // [head_dim]
+  float* q_;                // per panel [depth, width] words
+  float* out_;              // per panel [head_dim, width]
+  float* max_;              // [lanes]
+  float* sum_;              // [lanes]
+  int32_t* position_;       // [lanes]
+  int32_t* window_begin_;   // [lanes]
+  int32_t* packed_offset_;  // of each panel
+  float* scores_;           // [kTileKeys, width]
+  float* wide_k_;           // [kTileKeys, head_dim]
+  float* values_;           // [kTileKeys, head_dim] words
+  float* row_;              // [head_dim]
 };
 
 }  // namespace redknot::cpu::REDKNOT_ISA
