@@ -292,13 +292,14 @@ def test_a_server_that_dies_while_it_is_read_costs_misses(redis_server):  # noqa
     assert not found[-1] or not outcomes(store, 1)[0]
 
 
-def test_a_full_disk_costs_writes_and_no_segment(tmp_path):
+@pytest.mark.parametrize("options", ["", "?capacity=64MiB"])
+def test_a_full_disk_costs_writes_and_no_segment(tmp_path, options):
     """The process may not write more than 1 MiB to a file, as on a disk of that size."""
     code = f"""
 import resource
 from test_store_faults import *
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-store = filled("lmdb://{tmp_path}/store", 30)
+store = filled("lmdb://{tmp_path}/store{options}", 30)
 [tier] = store.tiers
 found = outcomes(store, 30)
 assert 5 < found.count(True) < 30, found

@@ -6,16 +6,16 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 from redknot.store.backend import ItemWrite, RangeRead, Status, StorageBackend
-from redknot.store.eviction import make_policy
-from redknot.store.layout import REGIONS, PageRun
+from redknot.store.layout import PageRun
 from redknot.store.manifest import DamagedError, Manifest
+from redknot.store.tier_room import TierRoom
 from redknot.store.url import StoreUrl
 from redknot.store.workers import Workers
 
@@ -34,7 +34,6 @@ _NEWEST = 0.3
 _FEWEST_SAMPLES, _MOST_SAMPLES = 2, 9
 # Every so many loads that looked too slow one is tried, so that a tier that recovered is noticed.
 _PROBE_EVERY = 16
-_RELIST_SECONDS = 10.0
 
 
 @dataclass
@@ -58,14 +57,6 @@ class TierCounts:
     def fail(self, status: Status) -> None:
         """Count a call that failed, by its status."""
         self.failures[status.value] = self.failures.get(status.value, 0) + 1
-
-
-@dataclass
-class _Unit:
-    """One region of one segment: what a tier keeps or drops as a whole."""
-
-    object_keys: list[str]
-    num_bytes: int
 
 
 class Tier:
@@ -94,10 +85,9 @@ class Tier:
         self._wall_clock = wall_clock
         self._workers = Workers(f"redknot-{self.name}", _MOST_THREADS)
         self._lock = threading.RLock()
-        self._policy = make_policy(url.policy, url.capacity or 1 << 62)
-        self._units: dict[str, _Unit] = {}
-        self._used = 0
-        self._listed_at = -_RELIST_SECONDS
+        self._room = TierRoom(
+            url.policy, url.capacity, list_objects=self._list_objects, drop_items=self._evict
+        )
         self._down_until, self._pause, self._down_status = 0.0, 0.0, Status.OK
         self._told_down = 0.0
         self._latency = 0.0
@@ -202,10 +192,8 @@ class Tier:
         done = sum(r.num_bytes for r, s in zip(reads, statuses, strict=True) if s is Status.OK)
         self.counts.bytes_read += done
         self.counts.read_seconds += time.perf_counter() - begin
-        with self._lock:
-            for run, got in reversed(list(zip(runs, statuses, strict=True))):  # the coldest first
-                if got is Status.OK:
-                    self._policy.touch(self._unit_name(manifest, run.object_index))
+        came = [run for run, got in zip(runs, statuses, strict=True) if got is Status.OK]
+        self._room.touch(manifest, [run.object_index for run in reversed(came)])  # coldest first
         return statuses
 
     def estimate_seconds(self, num_bytes: int) -> float | None:
@@ -255,7 +243,7 @@ class Tier:
         elif before is not Status.MISSING:
             return self._answered(before)
         status = self._put(manifest, objects)
-        if status is Status.FULL and self._make_room(manifest.num_bytes, at_least_one=True):
+        if status is Status.FULL and self._room.drop(manifest.num_bytes):
             status = self._put(manifest, objects)
         if status is not Status.OK:
             self.remove_items([manifest.item_key, *manifest.object_keys])
@@ -270,20 +258,8 @@ class Tier:
         )
 
     def _put(self, manifest: Manifest, objects: Sequence[memoryview | None]) -> Status:
-        units = {
-            name: (indices, size)
-            for name, (indices, size) in _units(manifest).items()
-            if all(objects[index] is not None for index in indices)
-        }
-        with self._lock:
-            for name, (indices, size) in units.items():  # the room is taken before it is filled
-                cost = manifest.offline_seconds * size / manifest.num_bytes
-                if self._admit(name, size, cost):
-                    unit = _Unit([manifest.object_keys[i] for i in indices], size)
-                    self._insert(name, unit, cost)
-                else:
-                    self.counts.rejected += 1
-            taken = [i for name in units if name in self._units for i in units[name][0]]
+        taken, refused = self._room.take(manifest, objects)
+        self.counts.rejected += refused
         items = [
             ItemWrite(key, data)
             for i, (key, data) in enumerate(zip(manifest.object_keys, objects, strict=True))
@@ -295,91 +271,26 @@ class Tier:
             statuses = [answer] if isinstance(answer, Status) else answer
             failed = next((s for s in statuses if s is not Status.OK), None)
             if failed is not None:
-                self._forget(manifest)
+                self._room.forget(manifest)
                 return failed
         self.counts.segments_written += 1
         self.counts.bytes_written += sum(len(item.data) for item in items)
         return Status.OK
 
-    def _forget(self, manifest: Manifest) -> None:
-        """Count a segment out."""
-        with self._lock:
-            for name in _units(manifest):
-                unit = self._units.pop(name, None)
-                if unit is not None:
-                    self._used -= unit.num_bytes
-                    self._policy.remove(name)
+    def _list_objects(self) -> Mapping[str, int] | None:
+        answer = self.call(lambda timeout: self.backend.sizes("d/", timeout))
+        return None if isinstance(answer, Status) else answer
 
-    def _insert(self, name: str, unit: _Unit, cost: float) -> None:
-        old = self._units.get(name)
-        self._used += unit.num_bytes - (old.num_bytes if old else 0)
-        self._units[name] = unit
-        self._policy.insert(name, unit.num_bytes, cost)
-
-    def _admit(self, name: str, num_bytes: int, cost: float) -> bool:
-        capacity = self.url.capacity
-        self._policy.touch(name)
-        if capacity is None:
-            return True
-        self._list_others()
-        if num_bytes > capacity:
-            return False
-        if not self._policy.admit(name, num_bytes, cost, capacity - self._used):
-            return False
-        return self._make_room(num_bytes)
-
-    def _make_room(self, num_bytes: int, *, at_least_one: bool = False) -> bool:
-        """Drop units until `num_bytes` fit; whether they do (or, with a full disk, may)."""
-        capacity = self.url.capacity
-        with self._lock:
-            target = capacity - num_bytes if capacity is not None else self._used - num_bytes
-            dropped = 0
-            while self._used > target:
-                name = self._policy.victim()
-                if name is None:
-                    break
-                self._drop(name)
-                dropped += 1
-            return dropped > 0 if at_least_one else self._used <= target
-
-    def _drop(self, name: str) -> None:
-        unit = self._units.pop(name)
-        self._policy.remove(name)
-        self._used -= unit.num_bytes
-        key = name.rsplit("/", 1)[0]
-        keys = list(unit.object_keys)
-        if not any(f"{key}/{region}" in self._units for region in (*REGIONS, "hidden")):
-            keys.insert(0, f"m/{key}")
+    def _evict(self, keys: Sequence[str], num_bytes: int) -> None:
         self.call(lambda timeout: self.backend.remove(keys, timeout))
         self.counts.evictions += 1
-        self.counts.evicted_bytes += unit.num_bytes
-
-    def _list_others(self) -> None:
-        """Count in what was there at the start, and what other processes have written."""
-        if time.monotonic() - self._listed_at < _RELIST_SECONDS:
-            return
-        self._listed_at = time.monotonic()
-        answer = self.call(lambda timeout: self.backend.sizes("d/", timeout))
-        if isinstance(answer, Status):
-            return
-        found: dict[str, _Unit] = {}
-        for item, size in answer.items():
-            _, key, _, name = item.split("/")
-            unit = found.setdefault(f"{key}/{name.rsplit('-', 1)[0]}", _Unit([], 0))
-            unit.object_keys.append(item)
-            unit.num_bytes += size
-        for gone in [name for name in self._units if name not in found]:
-            self._used -= self._units.pop(gone).num_bytes
-            self._policy.remove(gone)
-        for name, unit in found.items():
-            if name not in self._units:
-                self._insert(name, unit, 0.0)
+        self.counts.evicted_bytes += num_bytes
 
     # --- removing --------------------------------------------------------------------------------
 
     def remove(self, manifest: Manifest) -> Status:
         """Remove a segment: its manifest first."""
-        self._forget(manifest)
+        self._room.forget(manifest)
         return self.remove_items([manifest.item_key, *manifest.object_keys])
 
     def remove_items(self, keys: Sequence[str]) -> Status:
@@ -387,33 +298,14 @@ class Tier:
         answer = self.call(lambda timeout: self.backend.remove(keys, timeout))
         return answer if isinstance(answer, Status) else answer[0]
 
-    def _unit_name(self, manifest: Manifest, object_index: int) -> str:
-        regions = manifest.layout.object_regions
-        region = REGIONS[regions[object_index]] if object_index < len(regions) else "hidden"
-        return f"{manifest.key}/{region}"
-
     @property
     def used_bytes(self) -> int:
         """Bytes of the segments known to be here."""
-        return self._used
+        return self._room.used_bytes
 
     def close(self) -> None:
         """Close the engine."""
         self.backend.close()
-
-
-def _units(manifest: Manifest) -> dict[str, tuple[list[int], int]]:
-    """Object indices and bytes of each unit of a segment, coldest first."""
-    units: dict[str, tuple[list[int], int]] = {}
-    layout = manifest.layout
-    for number, region in enumerate(REGIONS):
-        indices = [i for i, r in enumerate(layout.object_regions) if r == number]
-        if indices:
-            size = sum(layout.object_sizes[i] for i in indices)
-            units[f"{manifest.key}/{region}"] = (indices, size)
-    if manifest.hidden_layer >= 0:
-        units[f"{manifest.key}/hidden"] = ([layout.num_objects], manifest.num_hidden_bytes)
-    return units
 
 
 def _parse(data: bytes) -> Manifest | None:
