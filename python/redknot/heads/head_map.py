@@ -19,18 +19,15 @@ from redknot.heads.head_map_checks import (
     checked_matrix,
     checked_metadata,
     checked_names,
-    frozen,
     is_int,
     is_number,
 )
-from redknot.heads.visibility import held_pages, held_tokens, visible_pairs
+from redknot.heads.head_rules import GLOBAL_WINDOW, HeadRules
 
 __all__ = ["HeadMap"]
 
-GLOBAL_WINDOW = -1  # as the ops write it: no limit
 
-
-class HeadMap:
+class HeadMap(HeadRules):
     """Which KV heads keep the whole context, and what the others keep; immutable.
 
     Parameters
@@ -84,9 +81,7 @@ class HeadMap:
         self._class_sinks = checked_matrix("sink", sink, is_local, 0, 0)
         is_global = ~is_local
         is_global[: self._dense_prefix_layers] = True
-        self._is_global = frozen(is_global)
-        self._windows = frozen(np.where(is_global, np.int32(GLOBAL_WINDOW), self._class_windows))
-        self._sinks = frozen(np.where(is_global, np.int32(0), self._class_sinks))
+        super().__init__(is_global, self._class_windows, self._class_sinks)
         self._whole: HeadMap | None = None
 
     # --- making one -------------------------------------------------------------------------
@@ -185,16 +180,6 @@ class HeadMap:
     # --- what it says -----------------------------------------------------------------------
 
     @property
-    def num_layers(self) -> int:
-        """Layers of the model."""
-        return len(self._classes)
-
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads per layer (of this rank, after `slice_heads`)."""
-        return len(self._classes[0])
-
-    @property
     def whole(self) -> HeadMap:
         """The map that this one is a slice of, else itself: what all ranks must decide alike."""
         return self if self._whole is None else self._whole
@@ -210,26 +195,11 @@ class HeadMap:
         return self._names
 
     @property
-    def is_global(self) -> NDArray[np.bool_]:
-        """Heads that keep everything: all but local ones, and the whole dense prefix."""
-        return self._is_global
-
-    @property
     def is_retrieval(self) -> NDArray[np.bool_]:
         """Heads of class retrieval outside the dense prefix; they are global ones."""
         found = np.array([[kind == "retrieval" for kind in row] for row in self._classes])
         found[: self._dense_prefix_layers] = False
         return found
-
-    @property
-    def windows(self) -> NDArray[np.int32]:
-        """Window of each head, [num_layers, num_kv_heads]; -1 for a global head."""
-        return self._windows
-
-    @property
-    def sinks(self) -> NDArray[np.int32]:
-        """Sink size of each head, [num_layers, num_kv_heads]; 0 for a global head."""
-        return self._sinks
 
     @property
     def retrieval_top_p(self) -> float:
@@ -258,50 +228,6 @@ class HeadMap:
         except (TypeError, ValueError):
             return None
         return found if found.shape == self._is_global.shape else None
-
-    @property
-    def global_fraction(self) -> float:
-        """Share of all (layer, KV head) pairs that keep everything."""
-        return float(self._is_global.mean())
-
-    @property
-    def first_global_layer(self) -> int | None:
-        """First layer with a global head, None without one."""
-        layers = np.flatnonzero(self._is_global.any(axis=1))
-        return int(layers[0]) if layers.size else None
-
-    @property
-    def last_global_layer(self) -> int | None:
-        """Last layer with a global head, None without one."""
-        layers = np.flatnonzero(self._is_global.any(axis=1))
-        return int(layers[-1]) if layers.size else None
-
-    def rules(
-        self, sliding_windows: Sequence[int | None] | None = None
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return windows and sinks, int32 [num_layers, num_kv_heads], inside the model's own.
-
-        Parameters
-        ----------
-        sliding_windows : sequence of int or None, [num_layers], optional
-            The model's native sliding window of each layer, None where it has none. There a
-            global head sees the native window and no sink, and so does a local head whose window
-            is not smaller; a smaller one keeps its window and sink.
-        """
-        windows, sinks = self._windows.copy(), self._sinks.copy()
-        if sliding_windows is None:
-            return windows, sinks
-        if len(sliding_windows) != self.num_layers:
-            raise HeadMapError(
-                f"the head map has {self.num_layers} layers, but sliding windows of "
-                f"{len(sliding_windows)} layers were given"
-            )
-        for layer, native in enumerate(sliding_windows):
-            if native is not None:
-                covered = (windows[layer] < 0) | (windows[layer] >= native)
-                windows[layer][covered] = native
-                sinks[layer][covered] = 0
-        return windows, sinks
 
     def check_model(
         self, num_layers: int, num_kv_heads: int, fingerprint: str | None = None
@@ -360,47 +286,6 @@ class HeadMap:
             raise HeadMapError(f"{num_heads} KV heads cannot be split over {world_size} ranks")
         begin = rank * num_heads // world_size
         return self.slice(slice(begin, begin + max(1, num_heads // world_size)))
-
-    # --- accounting -------------------------------------------------------------------------
-
-    def kv_bytes(
-        self,
-        context: int,
-        *,
-        head_dim: int,
-        bytes_per_element: int,
-        page_size: int | None = None,
-        sliding_windows: Sequence[int | None] | None = None,
-    ) -> int:
-        """Bytes of K and V that one session of `context` tokens holds.
-
-        With `page_size`: whole pages, as a session that shares none holds them after decoding.
-        """
-        windows, sinks = self.rules(sliding_windows)
-        if page_size is None:
-            tokens = held_tokens(context, windows, sinks)
-        else:
-            tokens = held_pages(context, windows, sinks, page_size) * page_size
-        return 2 * head_dim * bytes_per_element * int(tokens.sum())
-
-    def kv_bytes_full(
-        self, context: int, *, head_dim: int, bytes_per_element: int, page_size: int | None = None
-    ) -> int:
-        """Bytes of a cache in which every head keeps every token."""
-        every = HeadMap.all_global(self.num_layers, self.num_kv_heads)
-        return every.kv_bytes(
-            context, head_dim=head_dim, bytes_per_element=bytes_per_element, page_size=page_size
-        )
-
-    def attention_pairs(
-        self, context: int, sliding_windows: Sequence[int | None] | None = None
-    ) -> NDArray[np.int64]:
-        """(query, key) pairs of a causal prefill, int64 [num_layers, num_kv_heads].
-
-        Counted exactly from the visibility rule, per query head: a KV head shared by g query
-        heads computes g times its entry.
-        """
-        return visible_pairs(context, *self.rules(sliding_windows))
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of the map that fit on a few lines, ready for JSON."""
