@@ -376,6 +376,15 @@ def test_a_paged_cache_needs_our_attention():
             model(prompt(1, 8), past_key_values=cache)
 
 
+def test_training_through_our_attention_is_refused_by_name():
+    model = tiny_model()
+    with attach(model, every_head_global(model)):
+        for use_cache in (True, False):
+            logits = model(prompt(1, 8), use_cache=use_cache).logits  # outside of no_grad
+            with pytest.raises(NotImplementedError, match="seg_paged_attention has no derivative"):
+                logits.sum().backward()
+
+
 @torch.no_grad()
 def test_a_cache_that_dropped_the_sinks_is_refused():
     model = tiny_model("mistral")

@@ -13,7 +13,7 @@ import torch
 from paged_case import paged_rows
 from pretend_cuda import lend_device_guard
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from redknot import ops
 
@@ -119,6 +119,48 @@ def test_compiles_without_a_break(name: str) -> None:
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
         got, want = compiled(*clones(args)), call(*clones(args))
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def asking_for_gradients(name: str) -> Case:
+    return tree_map_only(Tensor, lambda t: t.requires_grad_(t.is_floating_point()), cases()[name])
+
+
+WRITERS = {n for n, (op, _, _) in cases().items() if not op.default._schema.returns}
+
+
+@pytest.mark.parametrize("name", sorted(cases().keys() - WRITERS))
+def test_backward_through_an_operator_is_refused_by_name(name: str) -> None:
+    op, args, kwargs = asking_for_gradients(name)
+    for result in tree_leaves(op(*args, **kwargs)):
+        assert result.requires_grad == result.is_floating_point()
+        if result.requires_grad:
+            with pytest.raises(NotImplementedError, match=f"^{op.__name__} has no derivative: "):
+                result.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        assert not any(result.requires_grad for result in tree_leaves(op(*args, **kwargs)))
+
+
+@pytest.mark.parametrize("name", sorted(WRITERS))
+def test_an_operator_that_writes_refuses_gradients_before_it_writes(name: str) -> None:
+    op, args, kwargs = asking_for_gradients(name)
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    before = [(t.detach().clone(), t._version) for t in tensors]
+    with pytest.raises(RuntimeError, match=f"^{op.__name__} writes to .* has no derivative, but "):
+        op(*args, **kwargs)
+    for tensor, (values, version) in zip(tensors, before, strict=True):
+        torch.testing.assert_close(tensor.detach(), values, rtol=0, atol=0, equal_nan=True)
+        assert tensor._version == version
+    with torch.no_grad():
+        op(*args, **kwargs)
+
+
+def test_autograd_notices_that_a_tensor_it_kept_was_written_to() -> None:
+    weight = torch.ones(6, 16, requires_grad=True)
+    op, (residual, *rest), _ = cases()["gathered_ffn"]
+    product = residual * weight  # keeps the residual
+    op(residual, *rest)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 @pytest.mark.slow

@@ -218,9 +218,12 @@ class KVPool:
             ops.copy_pages(self.k_cache, self.v_cache, self._index(copies))
 
     def write(self, k: Tensor, v: Tensor, slots: np.ndarray | Tensor) -> None:
-        """Write k, v [num_tokens, num_heads, head_dim] to `slots` [num_tokens, num_heads]."""
+        """Write k, v [num_tokens, num_heads, head_dim] to `slots` [num_tokens, num_heads].
+
+        Pages hold values, not what these were computed from: no gradient leads back.
+        """
         slots = slots if isinstance(slots, Tensor) else self._index(slots)
-        ops.write_pages(k, v, self.k_cache, self.v_cache, slots)
+        ops.write_pages(k.detach(), v.detach(), self.k_cache, self.v_cache, slots)
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
         """K and V [num_tokens, num_heads, head_dim] at `slots`; keys as they are stored."""

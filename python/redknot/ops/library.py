@@ -1,12 +1,13 @@
-"""Loads ``torch.ops.redknot`` and says what is in it."""
+"""Loads ``torch.ops.redknot`` and tells torch.compile and autograd of what is in it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 __all__ = ["fake_of", "has_cuda_kernels", "register_writers", "torch_ops"]
 
@@ -25,6 +26,7 @@ def _load() -> None:
 
 _load()
 torch_ops = torch.ops.redknot
+_library = torch.library.Library("redknot", "IMPL")  # registrations last as long as it does
 
 
 def has_cuda_kernels() -> bool:
@@ -36,10 +38,62 @@ def has_cuda_kernels() -> bool:
 
 def fake_of(name: str) -> Callable[[_Fake], _Fake]:
     """Decorate the function that tells torch.compile what comes out of an operator."""
+    _library.impl(name, _autograd_kernel(name), "Autograd", with_keyset=True)
     return torch.library.register_fake(f"redknot::{name}")
 
 
 def register_writers(*names: str) -> None:
     """Tell torch.compile of operators that only write into their arguments."""
     for name in names:
-        torch.library.register_fake(f"redknot::{name}", lambda *args, **kwargs: None)
+        fake_of(name)(lambda *args, **kwargs: None)
+
+
+class _NoDerivative(torch.autograd.Function):
+    """Runs an operator whose results cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, call: Callable[[], object], *inputs: Tensor) -> object:
+        ctx.name = name
+        return call()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> object:
+        raise NotImplementedError(
+            f"{ctx.name} has no derivative: call it under torch.no_grad() or on detached tensors"
+        )
+
+
+def _autograd_kernel(name: str) -> Callable[..., object]:
+    """Refuse gradients by name, by the rules of torch's own operators.
+
+    Where a gradient could be asked for, an operator that returns tensors runs and `backward` raises
+    `NotImplementedError`; one that writes into arguments raises `RuntimeError` before it writes.
+    Under `torch.inference_mode` the kernel is passed over.
+    """
+    op = getattr(torch_ops, name).default
+    arguments = op._schema.arguments
+    written = [a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: object, **kwargs: object) -> object:
+        def call() -> object:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+        wants_gradient = torch.is_grad_enabled() and torch._C._any_requires_grad(*args, **kwargs)
+        if wants_gradient and written:
+            raise RuntimeError(
+                f"{name} writes to {' and '.join(written)} and has no derivative, but one of its "
+                "arguments requires grad: call it under torch.no_grad() or on detached tensors"
+            )
+        if wants_gradient:
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            return _NoDerivative.apply(name, call, *tensors)  # type: ignore[no-untyped-call]
+        result = call()
+        if written:  # autograd must learn that what it has kept of them is gone
+            given = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+            for tensor in map(given.get, written):
+                if isinstance(tensor, Tensor) and not tensor.is_inference():
+                    torch.autograd.graph.increment_version(tensor)
+        return result
+
+    return kernel
