@@ -24,15 +24,17 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512bf16") != 0;
 }
 
-// The processor has bf16 tiles and the kernel lets this process use them. The permission covers
-// every thread, lasts for the life of the process and may be asked for again.
+// The processor has bf16 tiles, and VBMI as all that have them, and the kernel lets this process
+// use them. The permission covers every thread, lasts for the life of the process and may be asked
+// for again.
 bool has_amx() {
   unsigned eax = 0;
   unsigned ebx = 0;
   unsigned ecx = 0;
   unsigned edx = 0;
   constexpr unsigned kBf16Tiles = 1u << 22 | 1u << 24;
-  if (!has_avx512() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if (!has_avx512() || __builtin_cpu_supports("avx512vbmi") == 0) return false;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   if ((edx & kBf16Tiles) != kBf16Tiles) return false;
   constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr int kTileData = 18;               // XFEATURE_XTILEDATA

@@ -11,8 +11,9 @@
 //
 // While the tile unit computes the scores of 32 keys, the vector units turn those of the 32 keys
 // before into weights, interleaved finely enough for the core to run both at the same time. The
-// tile unit keeps one of the two ports of fused multiply-adds for itself, so weights come from a
-// table and integer operations, which run on either port.
+// tile unit keeps one of the two ports of fused multiply-adds for itself, so weights come from
+// integer operations on 16 bits. They are summed up as they are multiplied, rounded to bf16, so
+// that what rounding does to a row's largest weights cancels.
 #include <type_traits>
 #include <utility>
 
@@ -99,9 +100,9 @@ class AmxAttention {
   static constexpr int kVecs = kPanelVecs;
   static constexpr int kWidth = kPanelWidth;
   static constexpr int kChunkKeys = 256;  // between two visits to the sums
-  // Weights may grow to 2^8 before older sums are scaled down to a new maximum: rarely. fp32 sums
-  // and bf16 weights lose nothing by it.
-  static constexpr float kSlack = 8.0f;
+  // The first weights are so many powers of two below 1, so that older sums are rarely scaled down
+  // when higher scores come. fp32 sums and bf16 weights lose nothing by it.
+  static constexpr float kHeadroom = 7.0f;
 
   // One panel against the keys [begin, end) of a list; its rows see no others.
   struct Step {
@@ -254,7 +255,7 @@ class AmxAttention {
     }
     const bool whole = count == kUnitKeys &&
                        classify(positions[0], positions[count - 1], step.panel) == TileClass::kFull;
-    if (whole && has_base()) {
+    if (whole && bases_in_reach()) {
       TableWeigher weigher(*this, scores, words);
       if (following != nullptr) score_unit(*following, following_unit, weigher);
       weigher.finish();
@@ -275,9 +276,14 @@ class AmxAttention {
     }
     weigh_exactly(scores, words, index);
   }
-  bool has_base() const {
-    return _mm512_cmp_ps_mask((__m512)base_[0], _mm512_set1_ps(-kInf), _CMP_EQ_OQ) == 0 &&
-           _mm512_cmp_ps_mask((__m512)base_[1], _mm512_set1_ps(-kInf), _CMP_EQ_OQ) == 0;
+  // Not at -infinity or NaN.
+  bool bases_in_reach() const {
+    __mmask16 inside = 0xffff;
+    for (const Vec base : base_) {
+      inside &= _mm512_cmp_ps_mask(
+          _mm512_abs_ps((__m512)base), _mm512_set1_ps(Exp2Words::kReach), _CMP_LT_OQ);
+    }
+    return inside == 0xffff;
   }
 
   // What the vector units do between tile instructions: weights 2^(score * scale - base) of scores
@@ -286,32 +292,31 @@ class AmxAttention {
     const float* scores;
     const float* end;
     float* words;
-    Vec scale, base0, base1, sum0, sum1;
-    Exp2Table exp2;
+    Vec scale, shift0, shift1, sum0, sum1;
+    Exp2Words exp2;
 
     TableWeigher(const AmxAttention& panel, const float* unit_scores, float* unit_words)
         : scores(unit_scores),
           end(unit_scores + kUnitKeys * kWidth),
           words(unit_words),
-          scale(broadcast(32.0f * panel.scale_)),
-          base0(panel.base_[0] * -32.0f),
-          base1(panel.base_[1] * -32.0f),
+          scale(broadcast(Exp2Words::kSteps * panel.scale_)),
+          shift0(Exp2Words::kShift - Exp2Words::kSteps * panel.base_[0]),
+          shift1(Exp2Words::kShift - Exp2Words::kSteps * panel.base_[1]),
           sum0(panel.sums_[0]),
           sum1(panel.sums_[1]) {}
 
     [[gnu::always_inline]] void advance() {
       if (scores == end) return;
-      weigh(0, base0, sum0);
-      weigh(kLanes, base1, sum1);
+      weigh(0, shift0, sum0);
+      weigh(kLanes, shift1, sum1);
       scores += 2 * kWidth;
       words += kWidth;
     }
-    [[gnu::always_inline]] void weigh(int lane, Vec base, Vec& sum) {
-      const Vec a = exp2(fma(load(scores + lane), scale, base));
-      const Vec b = exp2(fma(load(scores + lane + kWidth), scale, base));
-      sum += a;
-      sum += b;
-      store(words + lane, round_pair(a, b));
+    [[gnu::always_inline]] void weigh(int lane, Vec shift, Vec& sum) {
+      const Vec pair = exp2(fma(load(scores + lane), scale, shift),
+                            fma(load(scores + lane + kWidth), scale, shift));
+      sum = add_words(sum, pair);
+      store(words + lane, pair);
     }
     [[gnu::always_inline]] void finish() {
       while (scores != end) advance();
@@ -323,7 +328,7 @@ class AmxAttention {
     for (int c = 0; c < kVecs; ++c) {
       const float* column = scores + c * kLanes;
       const Vec top = column_max(column) * scale_;
-      if (_mm512_cmp_ps_mask((__m512)top, (__m512)(base_[c] + kSlack), _CMP_GT_OQ) != 0) {
+      if (_mm512_cmp_ps_mask((__m512)top, (__m512)base_[c], _CMP_GT_OQ) != 0) {
         raise_base(c, top, index);
       }
       // A row that has seen nothing yet subtracts 0, not -infinity.
@@ -331,9 +336,9 @@ class AmxAttention {
       for (int i = 0; i < kUnitKeys; i += 2) {
         const Vec a = exp2_weight(fma(load(column + i * kWidth), broadcast(scale_), base));
         const Vec b = exp2_weight(fma(load(column + (i + 1) * kWidth), broadcast(scale_), base));
-        sums_[c] += a;
-        sums_[c] += b;
-        store(words + i / 2 * kWidth + c * kLanes, pair_words(a, b));
+        const Vec pair = pair_words(a, b);
+        sums_[c] = add_words(sums_[c], pair);
+        store(words + i / 2 * kWidth + c * kLanes, pair);
       }
     }
   }
@@ -348,12 +353,12 @@ class AmxAttention {
     return max(max(tops[0], tops[1]), max(tops[2], tops[3]));
   }
 
-  // Takes the scores of column c relative to a whole number not below `top`: what was summed is
-  // worth a power of two less, which is exact for sums, results and the weights of the chunk's
-  // earlier units.
+  // Takes the scores of column c relative to a whole number well above `top` where they exceed the
+  // old one: what was summed is worth a power of two less, which is exact for sums, results and the
+  // weights of the chunk's earlier units.
   void raise_base(int c, Vec top, int num_units) {
     const Vec ceiling = (Vec)_mm512_roundscale_ps((__m512)top, _MM_FROUND_TO_POS_INF);
-    const Vec base = (base_[c] == -kInf) | (top > base_[c] + kSlack) ? ceiling : base_[c];
+    const Vec base = top > base_[c] ? ceiling + kHeadroom : base_[c];
     const Vec factor = exp2_nonpositive(base_[c] == base ? Vec{} : base_[c] - base);
     base_[c] = base;
     sums_[c] *= factor;
