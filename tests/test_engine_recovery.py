@@ -9,6 +9,7 @@ from reference import recovery as reference
 from tiny_models import YARN, random_tokens, tiny_model
 
 from redknot import Engine, HeadMap, InputError
+from redknot.engine import recovery_pass
 from redknot.recovery import (
     POLICIES as REGISTERED,
 )
@@ -146,6 +147,15 @@ def check(model, engine, texts, query, policy, rules, *, order=(2, 0, 3, 1), pre
 def test_equals_the_reference_recovery(name, policy):
     policy, relaxations = POLICIES[policy]
     check(*make(*MODELS[name]), policy, rules_of(**relaxations))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_rows_in_several_chunks_equal_the_reference_too(policy, monkeypatch):
+    """16 of up to 117 rows at a time."""
+    monkeypatch.setattr(recovery_pass, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(recovery_pass, "_TILE_ROWS", 16)
+    policy, relaxations = POLICIES[policy]
+    check(*make(*MODELS["llama"]), policy, rules_of(**relaxations))
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name.startswith("live span")])

@@ -117,7 +117,7 @@ void attend(const AttentionInputs& in, const Tensor& out, const Tensor* maybe_ls
   const int64_t workspace_floats = plan_workspace_floats(params.plan, params.pool.head_dim);
   std::optional<Tensor> workspace;
   if (workspace_floats > 0) {
-    workspace = torch::stable::new_empty(in.q, {workspace_floats}, ScalarType::Float);
+    workspace = new_floats(in.q, {workspace_floats});
     params.maybe_workspace = static_cast<float*>(workspace->data_ptr());
   }
   cpu::seg_paged_attention(params, torch_executor());

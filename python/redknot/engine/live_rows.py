@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from redknot.models.decoder import Decoder
 from redknot.recovery import Pick, PromptLayout, RecoveryPlan
 
 __all__ = ["LiveRows", "Prompt"]
@@ -40,7 +41,7 @@ class Prompt:
             positions[document.begin : document.end] -= document.offset
         return positions
 
-    def hidden_of(self, positions: np.ndarray, like: Tensor) -> Tensor:
+    def hidden_of(self, positions: np.ndarray) -> Tensor:
         """Stored hidden states [len(positions), hidden_dim] of document rows, by true position."""
         parts = []
         for document, hidden in zip(self.layout.documents, self.hidden, strict=True):
@@ -50,9 +51,9 @@ class Prompt:
                 continue
             assert hidden is not None  # the policy's entry_layer asked for it
             if len(wanted) < len(hidden):
-                hidden = hidden[torch.from_numpy(wanted - document.begin).to(like.device)]
+                hidden = hidden[torch.from_numpy(wanted - document.begin).to(hidden.device)]
             parts.append(hidden)
-        return torch.cat(parts) if parts else like[:0]
+        return torch.cat(parts)
 
 
 class LiveRows:
@@ -71,18 +72,16 @@ class LiveRows:
         What global heads have brought in from other segments so far, if anyone asked.
     """
 
-    def __init__(self, prompt: Prompt, device: torch.device) -> None:
-        self._prompt = prompt
-        self._device = device
+    def __init__(self, prompt: Prompt, decoder: Decoder) -> None:
+        self._prompt, self._decoder = prompt, decoder
+        self._device = decoder.device
         self._tensors: dict[int, Tensor] = {}  # of the plan's arrays, which outlive this object
         self._picked: dict[int, Tensor] = {}  # what picks kept, by the plan's array
         self._always: np.ndarray | None = None  # of the picks so far
+        self._token_ids = self._index(prompt.token_ids)
         self._query = self._index(prompt.layout.query_positions)
-        self.key_positions = torch.from_numpy(prompt.key_positions()).int().to(device)
+        self.key_positions = torch.from_numpy(prompt.key_positions()).int().to(self._device)
         self.foreign: Tensor | None = None
-        ahead, first = prompt.plan.ahead, prompt.plan.layers[0].present
-        self._set = first if ahead is None else ahead.rows
-        self._carry(self.tensor(self._set))
 
     def _index(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._device, torch.int64)
@@ -117,56 +116,67 @@ class LiveRows:
 
     # --- what changes them -----------------------------------------------------------------------
 
-    def move(self, rows: np.ndarray, hidden: Tensor) -> Tensor:
-        """Carry the set `rows` from here on: drop what is not in it, let the others enter.
+    def begin(self, rows: np.ndarray) -> Tensor:
+        """Carry the set `rows` and the query; returns their embeddings [num_rows, hidden_dim]."""
+        self._set = rows
+        self._carry(self.now(rows))
+        return self._decoder.embed(self._token_ids[self.positions])
+
+    def move(self, rows: np.ndarray, hidden: Tensor, layer: int) -> Tensor:
+        """Carry the set `rows` from `layer` on: drop what is not in it, let the others enter.
 
         Returns `hidden` [num_rows, hidden_dim] for the new rows.
         """
-        if rows is self._set:
-            return hidden
-        if len(rows) > self.num_documents and id(rows) not in self._picked:
-            return self._enter(rows, hidden)
-        (hidden,) = self.keep(rows, hidden)
-        return hidden
-
-    def begin(self, rows: np.ndarray) -> None:
-        """Carry the set `rows` from the embeddings on, whatever was carried before."""
-        self._set = rows
-        self._carry(self._picked[id(rows)] if id(rows) in self._picked else self.tensor(rows))
-
-    def keep(self, rows: np.ndarray, *of_rows: Tensor) -> tuple[Tensor, ...]:
-        """Carry the set `rows`, all of which live already; narrow tensors that are per row."""
         documents, num_before = self.now(rows), self.num_documents
-        if len(documents) == num_before:
-            self._set = rows
-            return of_rows
-        if not len(documents):
-            index: slice | Tensor = slice(num_before, None)
-        else:
-            chosen = torch.searchsorted(self.documents, documents)
-            query = torch.arange(num_before, len(self.positions), device=self._device)
-            index = torch.cat([chosen, query])
+        if rows is self._set and len(documents) == num_before:
+            return hidden
         self._set = rows
-        self._carry(documents)
-        if self.foreign is not None:
-            self.foreign = self.foreign[index]
-        return tuple(tensor[index] for tensor in of_rows)
+        if len(documents) > num_before:
+            return self._enter(rows, documents, hidden, layer)
+        index = self.index_of(documents)
+        if len(documents) < num_before:
+            self._carry(documents)
+            if self.foreign is not None:
+                self.foreign = self.foreign[index]
+        return hidden[index]
 
-    def _enter(self, rows: np.ndarray, hidden: Tensor) -> Tensor:
-        stored = self._prompt.hidden_of(rows, hidden)
+    def index_of(self, documents: Tensor) -> slice | Tensor:
+        """Where some of the carried document rows, and the query's, stand among the carried."""
+        num_documents = self.num_documents
+        if len(documents) in (0, num_documents):
+            return slice(num_documents - len(documents), None)
+        chosen = torch.searchsorted(self.documents, documents)
+        query = torch.arange(num_documents, len(self.positions), device=self._device)
+        return torch.cat([chosen, query])
+
+    def stored(self, rows: np.ndarray, layer: int) -> Tensor:
+        """Hidden states [len(rows), hidden_dim] of document rows as they enter `layer`.
+
+        The embeddings in layer 0; later those that the offline pass has stored.
+        """
+        if layer == 0:
+            return self._decoder.embed(self._token_ids[self._index(rows)])
+        return self._prompt.hidden_of(rows)
+
+    def _enter(self, rows: np.ndarray, documents: Tensor, hidden: Tensor, layer: int) -> Tensor:
         before, num_before = self.positions, self.num_documents
-        self._set = rows
-        self._carry(self.tensor(rows))
-        if not num_before:
-            entered = torch.cat([stored, hidden])
-        else:  # those that are carried already keep what they have
-            stay = torch.searchsorted(self.documents, before[:num_before])
-            stored = stored.index_copy(0, stay, hidden[:num_before])
-            entered = torch.cat([stored, hidden[num_before:]])
+        if layer == 0:
+            entered = self._decoder.embed(self._token_ids[documents])
+        elif documents.device.type == "cpu":
+            entered = self.stored(documents.numpy(), layer)
+        else:  # the host does not know which rows were picked
+            entered = self.stored(rows, layer)
+            rank = self.rank(rows, documents)
+            entered = entered if rank is None else entered[rank]
+        # Those that are carried already keep what they have.
+        stay = torch.searchsorted(documents, before[:num_before])
+        entered.index_copy_(0, stay, hidden[:num_before])
+        self._carry(documents)
         if self.foreign is not None:  # nothing yet for those that enter
             stay = torch.searchsorted(self.positions, before)
-            self.foreign = self.foreign.new_zeros(len(entered)).index_copy(0, stay, self.foreign)
-        return entered
+            foreign = self.foreign.new_zeros(len(self.positions))
+            self.foreign = foreign.index_copy(0, stay, self.foreign)
+        return torch.cat([entered, hidden[num_before:]])
 
     def pick(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +21,17 @@ from redknot.engine.signals import (
     weight_read,
 )
 from redknot.models.decoder import Decoder
-from redknot.recovery import FfnRule, FlopCounter, LayerPlan, LookAhead, Pick
+from redknot.recovery import FfnRule, FlopCounter, LayerPlan, Pick
 
 __all__ = ["HeadRules", "LayerTrace", "RecoveryPass", "TokenSlots"]
 
 # Slots [num_rows, num_kv_heads] of the rows that a pass computes, by layer.
 TokenSlots = Callable[[int], np.ndarray]
+# Bytes of hidden states at most that pass projections and attention at once on a CPU: rows enough
+# for the GEMMs, and memory so little that the allocators keep it for the next chunk.
+_CHUNK_BYTES = 24 << 20
+# Rows of a chunk are whole tiles of the attention.
+_TILE_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,12 @@ class LayerTrace:
     live: Tensor
     fresh: Tensor
     fresh_local: Tensor
+
+
+def _before_pick(step: LayerPlan) -> np.ndarray:
+    """Document rows that a layer's K and V are computed of, before its pick lets others enter."""
+    by_heads = step.pick is not None and step.pick.by != "kv_shift"
+    return step.fresh if by_heads else step.present
 
 
 class RecoveryPass:
@@ -86,7 +97,7 @@ class RecoveryPass:
         self._decoder, self._pool, self._session = decoder, pool, session
         self._prompt, self._rules = prompt, rules
         self._tail_slots, self._counter = tail_slots, counter
-        self._rows = LiveRows(prompt, decoder.device)
+        self._rows = LiveRows(prompt, decoder)
         self._windows, self._sinks = self._tensor(rules.windows), self._tensor(rules.sinks)
         self._heads = [np.flatnonzero(row) for row in rules.is_global]
         self._forced: tuple[np.ndarray, Tensor] | None = None
@@ -101,31 +112,53 @@ class RecoveryPass:
         Returns the logits [vocab_size] of the last row; `trace` then says which rows lived.
         """
         decoder, rows, counter = self._decoder, self._rows, self._counter
-        token_ids = self._tensor(self._prompt.token_ids, torch.int64)
-        layers = self._prompt.plan.layers
-        if self._prompt.plan.ahead is not None:
-            self._look_ahead(self._prompt.plan.ahead)
-            rows.begin(layers[0].present)
-        hidden = decoder.embed(token_ids[rows.positions])
-        asked = [n for n, step in enumerate(layers) if step.ffn and step.ffn.signal == "foreign"]
+        plan = self._prompt.plan
+        if plan.ahead is not None:
+            self._pick(plan.ahead.layer, plan.ahead.pick, plan.ahead.rows)
+        hidden = rows.begin(_before_pick(plan.layers[0]))
+        asked = [n for n, s in enumerate(plan.layers) if s.ffn and s.ffn.signal == "foreign"]
         last_foreign = max(asked, default=-1)
-        for layer, step in enumerate(layers):
-            hidden = rows.move(step.present, hidden)
-            normed = decoder.attention_norm(layer, hidden)
+        for layer, step in enumerate(plan.layers):
+            hidden = rows.move(_before_pick(step), hidden, layer)
             fresh, fresh_local = rows.now(step.fresh), rows.now(step.fresh_local)
-            shift = self._refresh_kv(layer, step, normed)
+            shift = self._refresh_kv(layer, step, hidden)
             if step.pick is not None:
-                self._pick(layer, normed, step.pick, step.present, shift)
-            hidden, normed = rows.keep(step.live, hidden, normed)
+                self._pick(layer, step.pick, step.present, shift)
+            hidden = rows.move(step.live, hidden, layer)
             self.trace.append(LayerTrace(rows.documents, fresh, fresh_local))
+            norms = self._attend(layer, step.ffn, hidden, layer <= last_foreign)
+            hidden = self._add_ffn(layer, step.ffn, hidden, norms)
+        counter.lm_head()
+        return decoder.logits(hidden[-1:])[0]
 
-            q = decoder.query(layer, normed, rows.q_positions)
-            wants_foreign = layer <= last_foreign
+    def _chunks(self, num_rows: int) -> Iterator[slice]:
+        """Rows that pass projections and attention at once, evenly split; on CUDA all of them."""
+        num_chunks = 1
+        if self._decoder.device.type == "cpu":
+            row_bytes = self._decoder.shape.hidden_dim * self._decoder.dtype.itemsize
+            num_chunks = max(-(-num_rows * row_bytes // _CHUNK_BYTES), 1)
+        size = max(-(-num_rows // (num_chunks * _TILE_ROWS)), 1) * _TILE_ROWS
+        return (slice(begin, begin + size) for begin in range(0, num_rows, size))
+
+    def _attend(
+        self, layer: int, rule: FfnRule | None, hidden: Tensor, wants_foreign: bool
+    ) -> Tensor | None:
+        """Add the attention of the live rows to `hidden`, in place.
+
+        Returns the norms [num_rows] of its output, if the layer's rule asks for them.
+        """
+        decoder, rows, counter = self._decoder, self._rows, self._counter
+        row_indptr, page_refs = self._pool.allocator.rows([self._session], layer)
+        norms = []
+        for chunk in self._chunks(len(hidden)):
+            own, positions = hidden[chunk], rows.q_positions[chunk]
+            q = decoder.query(layer, decoder.attention_norm(layer, own), positions)
             out, lse = self._pool.attend_rows(
                 q,
-                *self._pool.allocator.rows([self._session], layer),
-                cu_seqlens_q=rows.cu_seqlens_q,
-                q_positions=rows.q_positions,
+                row_indptr,
+                page_refs,
+                cu_seqlens_q=self._tensor(np.array([0, len(q)])),
+                q_positions=positions,
                 row_window=self._windows[layer],
                 row_sink=self._sinks[layer],
                 inv_freq=decoder.inv_freq,
@@ -133,19 +166,19 @@ class RecoveryPass:
                 softcap=decoder.softcap,
                 return_lse=wants_foreign,
             )
-            hidden = decoder.add_attention(layer, hidden, out)
-            counter.query_and_output(len(q))
-            counter.rotation(len(q) * decoder.shape.num_q_heads)
-            counter.attention(rows.positions, self._rules.windows[layer], self._rules.sinks[layer])
+            decoder.add_attention(layer, own, out, out=own)
             if wants_foreign:
-                self._add_foreign(layer, q, out, lse)
-            hidden = self._add_ffn(layer, step.ffn, hidden, out)
-        counter.lm_head()
-        return decoder.logits(hidden[-1:])[0]
+                self._add_foreign(layer, chunk, q, out, lse)
+            if rule is not None and rule.signal == "attention_norm":
+                norms.append(ops.token_importance(out))
+        counter.query_and_output(len(hidden))
+        counter.rotation(len(hidden) * decoder.shape.num_q_heads)
+        counter.attention(rows.positions, self._rules.windows[layer], self._rules.sinks[layer])
+        return torch.cat(norms) if norms else None
 
     # --- K and V ---------------------------------------------------------------------------------
 
-    def _refresh_kv(self, layer: int, step: LayerPlan, normed: Tensor) -> Tensor | None:
+    def _refresh_kv(self, layer: int, step: LayerPlan, hidden: Tensor) -> Tensor | None:
         """Write the K/V of fresh rows and of the query's.
 
         Returns how far they moved, [len(fresh)], if the layer picks by that.
@@ -153,20 +186,20 @@ class RecoveryPass:
         num_heads = self._decoder.shape.num_kv_heads
         everything, global_heads = np.arange(num_heads), self._heads[layer]
         if step.fresh is step.fresh_local or len(global_heads) == num_heads:
-            return self._write_kv(layer, step, step.fresh, everything, normed)
+            return self._write_kv(layer, step, step.fresh, everything, hidden)
         if not len(global_heads):
-            return self._write_kv(layer, step, step.fresh_local, everything, normed)
+            return self._write_kv(layer, step, step.fresh_local, everything, hidden)
         local_heads = np.flatnonzero(~self._rules.is_global[layer])
-        shift = self._write_kv(layer, step, step.fresh, global_heads, normed)
-        self._write_kv(layer, step, step.fresh_local, local_heads, normed)
+        shift = self._write_kv(layer, step, step.fresh, global_heads, hidden)
+        self._write_kv(layer, step, step.fresh_local, local_heads, hidden)
         return shift
 
     def _write_kv(
-        self, layer: int, step: LayerPlan, fresh: np.ndarray, heads: np.ndarray, normed: Tensor
+        self, layer: int, step: LayerPlan, fresh: np.ndarray, heads: np.ndarray, hidden: Tensor
     ) -> Tensor | None:
         """Compute and write some heads' K/V of the rows `fresh` and the query's."""
-        rows, pool, counter = self._rows, self._pool, self._counter
-        all_heads = len(heads) == self._decoder.shape.num_kv_heads
+        rows, pool, counter, decoder = self._rows, self._pool, self._counter, self._decoder
+        all_heads = len(heads) == decoder.shape.num_kv_heads
         tail = self._tail_slots(layer)
         slots = self._tensor(tail if all_heads else tail.take(heads, 1), torch.int64)
         documents = rows.now(fresh)
@@ -175,22 +208,24 @@ class RecoveryPass:
             own = self._tensor(planned if all_heads else planned.take(heads, 1), torch.int64)
             rank = rows.rank(fresh, documents)
             slots = torch.cat([own if rank is None else own[rank], slots])
-        positions, num_query = rows.key_positions[rows.positions], len(tail)
-        if len(documents) < rows.num_documents:
-            index = torch.searchsorted(rows.documents, documents)
-            tail_index = torch.arange(rows.num_documents, len(normed), device=index.device)
-            index = torch.cat([index, tail_index])
-            normed, positions = normed[index], positions[index]
-        k, v = self._decoder.key_value(layer, normed, positions, tuple(heads.tolist()))
-        shift = None
-        if step.pick is not None and step.pick.by == "kv_shift":
-            shift = kv_shift(k[:-num_query], v[:-num_query], *pool.read(slots[:-num_query]))
-            counter.kv_shift(len(documents), len(heads))
-        pool.write(k, v, slots)
-        exact = self._decoder.computes_columns(layer, "k_proj", "v_proj")
-        counter.key_value(len(normed), len(heads) if exact else self._decoder.shape.num_kv_heads)
-        counter.rotation(len(normed) * len(heads))
-        return shift
+        index = rows.index_of(documents)
+        positions = rows.key_positions[rows.positions[index]]
+        shifts, wants_shift = [], step.pick is not None and step.pick.by == "kv_shift"
+        for chunk in self._chunks(len(slots)):
+            part = hidden[index][chunk] if isinstance(index, slice) else hidden[index[chunk]]
+            normed = decoder.attention_norm(layer, part)
+            k, v = decoder.key_value(layer, normed, positions[chunk], tuple(heads.tolist()))
+            if wants_shift:
+                cached = pool.read(slots[: len(documents)][chunk])
+                shifts.append(kv_shift(k[: len(cached[0])], v[: len(cached[0])], *cached))
+            pool.write(k, v, slots[chunk])
+        exact = decoder.computes_columns(layer, "k_proj", "v_proj")
+        counter.key_value(len(slots), len(heads) if exact else decoder.shape.num_kv_heads)
+        counter.rotation(len(slots) * len(heads))
+        if not shifts:
+            return None
+        counter.kv_shift(len(documents), len(heads))
+        return torch.cat(shifts)
 
     # --- what makes a row important --------------------------------------------------------------
 
@@ -198,61 +233,43 @@ class RecoveryPass:
         chosen = self._heads[layer] if heads is None else np.array(heads)
         return GlobalRows.of(self._pool, self._session, layer, chosen, self._prompt.layout)
 
-    def _look_ahead(self, ahead: LookAhead) -> None:
-        """Pick rows by what a layer will bring to them, as far as stored hidden states tell."""
-        like = self._decoder.embed(self._rows.positions[:0])
-        stored = self._prompt.hidden_of(ahead.rows, like)
-        normed = self._decoder.attention_norm(ahead.layer, stored)
-        self._pick(ahead.layer, normed, ahead.pick, ahead.rows)
-
-    def _pick(
-        self,
-        layer: int,
-        normed: Tensor,
-        pick: Pick,
-        among: np.ndarray,
-        shift: Tensor | None = None,
-    ) -> None:
-        """Keep some of the set `among`, which is carried: by `shift`, or by what heads bring."""
+    def _pick(self, layer: int, pick: Pick, among: np.ndarray, shift: Tensor | None = None) -> None:
+        """Keep some of the set `among`: by `shift`, or by what heads bring."""
         read_by = None
         if pick.by != "kv_shift":
-            shift, read_by = self._probe(layer, normed, pick, among)
+            shift, read_by = self._probe(layer, pick, among)
         assert shift is not None
         self._rows.pick(pick, among, shift, read_by)
         if self._on_pick is not None:
             self._on_pick(among, self._rows.now(among).cpu().numpy())
 
     def _probe(
-        self, layer: int, normed: Tensor, pick: Pick, among: np.ndarray
+        self, layer: int, pick: Pick, among: np.ndarray
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Importance of every document row, by the attention of global heads alone.
+        """Importance of every row of `among`, by the attention of global heads alone.
 
-        Also what some of the rows, given by index, read of each row.
+        As far as stored hidden states tell. Also what some of the rows, given by index, read of
+        each row.
         """
         rows, decoder, counter = self._rows, self._decoder, self._counter
         pages = self._global_rows(layer, pick.heads)
-        num_rows, positions = rows.num_documents, rows.q_positions[: rows.num_documents]
-        q = decoder.query(layer, normed[:num_rows], positions, pages.heads)
-        out, lse = self._attend_global(
-            layer,
-            pages.heads,
-            q,
-            *pages.everything(),
-            self._tensor(np.array([0, num_rows])),
-        )
-        counter.probe(
-            rows.documents,
-            self._rules.windows[layer][list(pages.heads)],
-            columns=len(pages.heads)
-            if decoder.computes_columns(layer, "q_proj")
-            else decoder.shape.num_kv_heads,
-        )
+        documents, num_rows = rows.tensor(among), len(among)
+        positions, windows = documents.int(), self._rules.windows[layer][list(pages.heads)]
+        parts = []
+        for chunk in self._chunks(num_rows):
+            normed = decoder.attention_norm(layer, rows.stored(among[chunk], layer))
+            parts.append(decoder.query(layer, normed, positions[chunk], pages.heads))
+        q = torch.cat(parts)
+        whole = self._tensor(np.array([0, num_rows]))
+        out, lse = self._attend_global(layer, pages.heads, q, positions, *pages.everything(), whole)
+        exact = decoder.computes_columns(layer, "q_proj")
+        columns = len(pages.heads) if exact else decoder.shape.num_kv_heads
+        counter.probe(documents, windows, columns=columns)
 
         def read_by(chosen: Tensor) -> Tensor:
             slots = self._pool.allocator.position_slots(self._session, layer, among)
             k, _ = self._pool.read(self._tensor(slots[:, list(pages.heads)], torch.int64))
-            home = rows.key_positions[rows.documents]
-            k = ops.rope_realign(k, positions - home, decoder.inv_freq)
+            k = ops.rope_realign(k, positions - rows.key_positions[documents], decoder.inv_freq)
             counter.reading(len(chosen), num_rows, len(pages.heads))
             return weight_read(
                 q[chosen],
@@ -260,27 +277,32 @@ class RecoveryPass:
                 k,
                 positions[chosen],
                 positions,
-                int(self._rules.windows[layer, pages.heads[0]]),  # the same for all global heads
+                int(windows[0]),  # the same for all global heads
                 decoder.softmax_scale,
                 decoder.softcap,
             )
 
         if pick.by == "attention_norm":
             return ops.token_importance(out), read_by
-        return self._foreign(layer, pages, q, out, lse), read_by
+        return self._foreign(layer, pages, documents, q, out, lse), read_by
 
     def _foreign(
-        self, layer: int, pages: GlobalRows, q: Tensor, out: Tensor, lse: Tensor
+        self,
+        layer: int,
+        pages: GlobalRows,
+        documents: Tensor,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor,
     ) -> Tensor:
-        """What the global heads brought to the document rows from other segments, [num_rows]."""
-        rows, layout = self._rows, self._prompt.layout
+        """What global heads brought to the rows `documents` from other segments, [num_rows]."""
+        layout = self._prompt.layout
         ends = self._tensor(np.array([document.end for document in layout.documents]), torch.int64)
-        bounds = torch.searchsorted(rows.documents, ends).int()
+        bounds = torch.searchsorted(documents, ends).int()
         bounds = torch.cat([bounds.new_zeros(1), bounds])
-        own = self._attend_global(layer, pages.heads, q, *pages.own(), bounds)
-        self._counter.own_attention(
-            rows.documents, self._rules.windows[layer][list(pages.heads)], layout
-        )
+        own = self._attend_global(layer, pages.heads, q, documents.int(), *pages.own(), bounds)
+        windows = self._rules.windows[layer][list(pages.heads)]
+        self._counter.own_attention(documents, windows, layout)
         return foreign_part(out, lse, *own)
 
     def _attend_global(
@@ -288,11 +310,12 @@ class RecoveryPass:
         layer: int,
         heads: tuple[int, ...],
         q: Tensor,
+        q_positions: Tensor,
         row_indptr: np.ndarray,
         page_refs: np.ndarray,
         cu_seqlens_q: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Output and lse of some global heads of the layer for the document rows."""
+        """Output and lse of some global heads of the layer for some document rows."""
         chosen = list(heads)
         num_seqs = len(cu_seqlens_q) - 1
         return self._pool.attend_rows(
@@ -300,7 +323,7 @@ class RecoveryPass:
             row_indptr,
             page_refs,
             cu_seqlens_q=cu_seqlens_q,
-            q_positions=self._rows.q_positions[: len(q)],
+            q_positions=q_positions,
             row_window=self._tensor(np.tile(self._rules.windows[layer][chosen], num_seqs)),
             row_sink=self._tensor(np.tile(self._rules.sinks[layer][chosen], num_seqs)),
             inv_freq=self._decoder.inv_freq,
@@ -309,29 +332,33 @@ class RecoveryPass:
             return_lse=True,
         )
 
-    def _add_foreign(self, layer: int, q: Tensor, out: Tensor, lse: Tensor) -> None:
-        """Add up what this layer's global heads, if it has any, brought to the live rows."""
+    def _add_foreign(self, layer: int, chunk: slice, q: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Add up what this layer's global heads, if it has any, brought to a chunk of rows."""
         rows, heads = self._rows, self._heads[layer]
-        if not len(heads) or not rows.num_documents:
+        documents = rows.documents[chunk]
+        if not len(heads) or not len(documents):
             return
         group = self._decoder.shape.group_size
         index = np.concatenate([np.arange(h * group, (h + 1) * group) for h in heads])
-        columns, num_rows = self._tensor(index, torch.int64), rows.num_documents
+        columns, num_rows = self._tensor(index, torch.int64), len(documents)
         brought = self._foreign(
             layer,
             self._global_rows(layer),
+            documents,
             q[:num_rows, columns],
             out[:num_rows, columns],
             lse[columns, :num_rows],
         )
         if rows.foreign is None:
             rows.foreign = brought.new_zeros(len(rows.positions))
-        rows.foreign[:num_rows] += brought
+        rows.foreign[chunk][:num_rows] += brought
 
     # --- FFN -------------------------------------------------------------------------------------
 
-    def _add_ffn(self, layer: int, rule: FfnRule | None, hidden: Tensor, out: Tensor) -> Tensor:
-        """Add the FFN of the rows that the rule selects; of all without one."""
+    def _add_ffn(
+        self, layer: int, rule: FfnRule | None, hidden: Tensor, norms: Tensor | None
+    ) -> Tensor:
+        """Add the FFN of the rows that the rule selects, by `norms` or else; of all without one."""
         rows, decoder, counter = self._rows, self._decoder, self._counter
         if rule is None or (rule.signal == "foreign" and rows.foreign is None):
             counter.ffn(len(hidden))
@@ -343,7 +370,8 @@ class RecoveryPass:
             assert rows.foreign is not None
             importance = rows.foreign
         else:
-            importance = ops.token_importance(out)
+            assert norms is not None
+            importance = norms
             counter.selection(len(hidden))
         if self._forced is None or self._forced[0] is not rule.forced_positions:
             forced = torch.zeros(len(rows.key_positions), dtype=torch.bool)

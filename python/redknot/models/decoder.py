@@ -193,16 +193,19 @@ class Decoder:
         attention = self._layers[layer].self_attn
         return all(_is_plain_linear(getattr(attention, name)) for name in projections)
 
-    def add_attention(self, layer: int, hidden: Tensor, attention_out: Tensor) -> Tensor:
+    def add_attention(
+        self, layer: int, hidden: Tensor, attention_out: Tensor, *, out: Tensor | None = None
+    ) -> Tensor:
         """Hidden + O(attention_out), with attention_out [num_rows, num_q_heads, head_dim].
 
-        A new tensor: whoever keeps `hidden` still has what came into the layer.
+        A new tensor, so that whoever keeps `hidden` still has what came into the layer; or `out`,
+        which may be `hidden` itself.
         """
         block = self._layers[layer]
         added = _linear(block.self_attn.o_proj, attention_out.flatten(1))
         if self.family.sandwich_norms:
             added = _normed(block.post_attention_layernorm, added)
-        return torch.add(hidden, added, out=added)
+        return torch.add(hidden, added, out=added if out is None else out)
 
     def add_ffn(self, layer: int, hidden: Tensor) -> Tensor:
         """Add the FFN of every row to `hidden`, in place."""
