@@ -163,6 +163,15 @@ def test_autograd_notices_that_a_tensor_it_kept_was_written_to() -> None:
         product.sum().backward()
 
 
+def test_a_tensor_on_the_meta_device_beside_real_ones_is_refused() -> None:
+    """The fake kernel would answer with memory that nobody has written."""
+    op, (x, weight, eps), _ = cases()["rms_norm"]
+    message = "rms_norm: all tensors must be on one device, got cpu and meta"
+    for args in ((x.to("meta"), weight), (x, weight.to("meta"))):
+        with pytest.raises(RuntimeError, match=message):
+            op(*args, eps)
+
+
 @pytest.mark.slow
 def test_a_layer_through_inductor() -> None:
     """Write the new token's KV, attend, rank the tokens: compiled and eager agree bit by bit."""

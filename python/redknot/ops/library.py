@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +40,25 @@ def has_cuda_kernels() -> bool:
 def fake_of(name: str) -> Callable[[_Fake], _Fake]:
     """Decorate the function that tells torch.compile what comes out of an operator."""
     _library.impl(name, _autograd_kernel(name), "Autograd", with_keyset=True)
-    return torch.library.register_fake(f"redknot::{name}")
+
+    def register(fake: _Fake) -> _Fake:
+        @functools.wraps(fake)
+        def checked(*args: object, **kwargs: object) -> object:
+            _check_devices(name, (*args, *kwargs.values()))
+            return fake(*args, **kwargs)
+
+        torch.library.register_fake(f"redknot::{name}", checked)
+        return fake
+
+    return register
+
+
+def _check_devices(name: str, arguments: Iterable[object]) -> None:
+    """Refuse a tensor on the meta device beside real ones, which would bring the fake kernel in."""
+    devices = {argument.device for argument in arguments if isinstance(argument, Tensor)}
+    if len(devices) > 1:
+        found = " and ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"{name}: all tensors must be on one device, got {found}")
 
 
 def register_writers(*names: str) -> None:
