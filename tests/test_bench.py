@@ -306,6 +306,7 @@ def test_fill_random_is_random_and_repeats() -> None:
         (["rope", "--device", "tpu"], "--device must be one of cpu, cuda"),
         (["rope", "--skip-peer", "xla"], "--skip-peer must be one of sdpa"),
         (["rope", "--plot", "rows.pdf"], "--plot must be a .png file, got 'rows.pdf'"),
+        (["rope", "--json", "/no/such/rows.json"], "/no/such/rows.json: cannot write it: No such"),
         (["attention", "--vllm-cpu", "none.so"], "--vllm-cpu must be vLLM's _C_*.abi3.so"),
     ],
 )

@@ -138,4 +138,4 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, capsys, arguments, messag
 def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(capsys):
     arguments = ["profile", str(DEMO_MODEL), "--text", "a", "-o", "no/such/heads.json"]
     assert main(arguments) == 2
-    assert "there is no folder no/such" in capsys.readouterr().err
+    assert "no/such/heads.json: cannot write it: No such file" in capsys.readouterr().err

@@ -319,9 +319,9 @@ def test_a_file_of_questions_and_a_plot(tmp_path, capsys):
         (["--policies", "magic"], "unknown policy 'magic'"),
         (["--policies", "redknot:speed=3"], "has no option 'speed=3'"),
         (["--policies", "redknot:ffn_mass=7"], "ffn_mass must be in"),
-        (["--policies", "redknot:ffn_mass=much"], "policy 'redknot:ffn_mass=much'"),
+        (["--policies", "redknot:ffn_mass=much"], "ffn_mass must be in (0, 1], got 'much'"),
         (["--policies", "naive,naive"], "given twice"),
-        (["--json", "/no/such/folder/x.json"], "no folder"),
+        (["--json", "/no/such/folder/x.json"], "cannot write it: No such file"),
         (["--heads", "missing.json"], "missing.json"),
     ],
 )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from redknot.cli.output import quiet_libraries, table
+from redknot.cli.output import check_outputs, quiet_libraries, table
 from redknot.eval.bench import BENCHES
 
 __all__ = ["add_parser", "run"]
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.plot is not None:
         check_plot(args.plot)
+    check_outputs(args.json, args.plot)
     quiet_libraries()
     with use_threads(options.threads), chosen_isa(options.isa):
         roofs = measure_roofs(options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from redknot.cli.eval_text import report_text
-from redknot.cli.output import progress_bar, quiet_libraries
+from redknot.cli.output import check_outputs, progress_bar, quiet_libraries
 from redknot.errors import InputError
 
 __all__ = ["add_parser", "run"]
@@ -72,9 +72,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the sub-command."""
     n, lengths = _sizes(args)
-    for path in (args.json, args.plot):
-        if path and not Path(path).resolve().parent.is_dir():
-            raise InputError(f"{path}: there is no folder {Path(path).resolve().parent}")
+    check_outputs(args.json, args.plot)
     quiet_libraries()
     import torch
 

@@ -6,9 +6,32 @@ import json
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-__all__ = ["PhaseBars", "bytes_text", "print_json", "progress_bar", "quiet_libraries", "table"]
+from redknot.errors import InputError
+
+__all__ = [
+    "PhaseBars",
+    "bytes_text",
+    "check_outputs",
+    "print_json",
+    "progress_bar",
+    "quiet_libraries",
+    "table",
+]
+
+
+def check_outputs(*paths: str | Path | None) -> None:
+    """Refuse, with InputError, files that could not be written after minutes of work."""
+    for path in (Path(path) for path in paths if path is not None):
+        was_there = path.exists()
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise InputError(f"{path}: cannot write it: {error.strerror or error}") from None
+        if not was_there:
+            path.unlink()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

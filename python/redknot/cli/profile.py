@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from redknot.cli.output import PhaseBars, print_json, quiet_libraries, table
+from redknot.cli.output import PhaseBars, check_outputs, print_json, quiet_libraries, table
 from redknot.errors import InputError
 
 __all__ = ["add_parser", "run"]
@@ -94,8 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from redknot.eval.profiling.files import write_atomically
 
     output = Path(args.output)
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: there is no folder {output.parent}")
+    check_outputs(output, args.profile)
     criteria = _criteria(args)
     if args.source:
         if args.model or args.text:

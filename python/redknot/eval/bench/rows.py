@@ -152,7 +152,6 @@ def _number(value: float | None) -> str:
 
 def write_json(path: Path, rows: Sequence[Row], address: dict[str, Any]) -> None:
     """Write a list of rows; each carries the address of its run (command, hardware, versions)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps([{**row.to_dict(), "run": address} for row in rows], indent=1, default=float)
     path.write_text(text + "\n")
 
@@ -201,5 +200,4 @@ def plot(path: Path, title: str, rows: Sequence[Row]) -> None:
         right.set_xscale("log")
         right.legend(fontsize=8)
     figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
