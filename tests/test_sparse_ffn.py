@@ -134,8 +134,8 @@ def test_bad_options_are_refused():
     for options, message in [
         ({"mass": 0.0}, r"mass must be in \(0, 1\], got 0.0"),
         ({"mass_deep": 1.5, "deep_start": 1}, r"mass_deep must be in \(0, 1\], got 1.5"),
-        ({"recent_n": -1}, "recent_n must be an int >= 0, got -1"),
-        ({"dense_until": 0.5}, "dense_until must be an int >= 0, got 0.5"),
+        ({"recent_n": -1}, "recent_n must be an int of at least 0, got -1"),
+        ({"dense_until": 0.5}, "dense_until must be an int of at least 0, got 0.5"),
         ({"deep_start": 3}, "deep_start and mass_deep belong together"),
     ]:
         with pytest.raises(InputError, match=message):

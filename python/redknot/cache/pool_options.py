@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from redknot.cache.pool import KVPool, bytes_per_page
+from redknot.checks import check_count
 from redknot.errors import BudgetError, InputError
 
 __all__ = ["PoolOptions"]
@@ -44,8 +45,8 @@ class PoolOptions:
     def __post_init__(self) -> None:
         for option in ("page_size", "num_pages", "budget_bytes", "max_tokens"):
             value = getattr(self, option)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise InputError(f"{option} must be an int of at least 1, got {value!r}")
+            if value is not None or option == "page_size":
+                check_count(option, value)
         if self.num_pages is not None and self.budget_bytes is not None:
             raise InputError("give either num_pages or budget_bytes, not both")
 

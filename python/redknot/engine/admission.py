@@ -19,7 +19,7 @@ from redknot.engine.report import explain, explain_shared
 from redknot.engine.results import Prefill
 from redknot.engine.runner import HeadRules, Prompt, Runner
 from redknot.engine.segment_tiers import Outline
-from redknot.errors import BudgetError, InputError
+from redknot.errors import BudgetError, InputError, ModelError
 from redknot.heads import HeadMap
 from redknot.recovery import (
     FlopCounter,
@@ -63,6 +63,8 @@ class Admission:
         """Refuse, with InputError, what can never be admitted; nothing is computed."""
         if isinstance(documents, str):
             raise InputError("documents must be a list of ids, got one string; write [id]")
+        if not isinstance(documents, Collection):
+            raise InputError(f"documents must be a list of ids, got {documents!r}")
         lengths = [len(self._documents.token_ids(document)) for document in documents]
         num_tokens = len(self._documents.prefix_ids) + sum(lengths) + len(question_ids)
         self.check_length(num_tokens + max(new_tokens - 1, 0), "prompt and new tokens")
@@ -167,6 +169,7 @@ class Admission:
             if logits.device.type == "cuda":
                 torch.cuda.synchronize(logits.device)
             ttft_seconds = time.perf_counter() - started
+            _check_logits(logits)
             if chain_name is not None:
                 chain_session = allocator.fork_session(session)
             allocator.expire(session)
@@ -226,6 +229,7 @@ class Admission:
                     [len(question_ids)],
                     [rules],
                 )[0]
+                _check_logits(logits)
                 break
             except OutOfPages as missing:
                 allocator.release_session(session)
@@ -352,6 +356,15 @@ class Admission:
                 decoder.shape, num_tokens, native, cached_tokens=len(self._documents.prefix_ids)
             ),
             offline_flops=offline_flops,
+        )
+
+
+def _check_logits(logits: torch.Tensor) -> None:
+    """Refuse to answer from logits that are no numbers, with ModelError."""
+    if bool(logits.isnan().any()):
+        raise ModelError(
+            "the model's logits are NaN: one of its weights is, or a value is too large for "
+            f"{logits.dtype}"
         )
 
 

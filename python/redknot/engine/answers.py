@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from redknot.checks import check_count
 from redknot.engine.admission import Admission
 from redknot.engine.generation import GenerationLoop
 from redknot.engine.prompt import PromptFormat, TextOrIds
@@ -225,6 +226,8 @@ class Answers:
         InputError
             For what can never be admitted.
         """
+        if not isinstance(request, GenerationRequest):
+            raise InputError(f"a request must be a GenerationRequest, got {request!r}")
         question_ids = self.format.question_ids(request.question)
         Sampler(request.sampling, self.decoder.device)
         TextStream(self.tokenizer, _stops(request.stop))
@@ -256,6 +259,8 @@ class Answers:
         BudgetError
             When one request does not fit into the pool alone; the others are given up.
         """
+        if not isinstance(requests, Sequence):
+            raise InputError(f"requests must be a list of GenerationRequest, got {requests!r}")
         sessions: list[Session] = []
         try:
             for request in requests:
@@ -304,8 +309,7 @@ class Answers:
     # --- inside ----------------------------------------------------------------------------------
 
     def _loop(self, max_new_tokens: int, stop: Sequence[str]) -> GenerationLoop:
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens!r}")
+        check_count("max_new_tokens", max_new_tokens)
         return GenerationLoop(
             self._runner,
             self.tokenizer,
@@ -316,6 +320,8 @@ class Answers:
 
 
 def _stops(stop: Sequence[str]) -> list[str]:
+    if not isinstance(stop, Sequence):
+        raise InputError(f"stop must be text or a list of texts, got {stop!r}")
     return [stop] if isinstance(stop, str) else list(stop)
 
 
@@ -336,6 +342,8 @@ def _requests(documents: Any, question: Any) -> tuple[list[tuple[Sequence[str], 
     )
     if not is_batch:
         return [(documents, question)], False
+    if not isinstance(documents, Sequence):
+        raise InputError(f"documents must be a list of ids for each question, got {documents!r}")
     if len(documents) != len(question):
         raise InputError(
             f"a batch needs one list of documents for each question, got {len(documents)} lists "

@@ -24,11 +24,10 @@ def parse_bytes(budget: str | int | None, device: torch.device | None = None) ->
             else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         )
         return int(free * _DEFAULT_SHARE)
-    if isinstance(budget, str):
-        return parse_size(budget, "kv_budget")
-    if budget <= 0:
-        raise InputError(f"kv_budget must be positive, got {budget}")
-    return int(budget)
+    num_bytes = parse_size(budget, "kv_budget")
+    if num_bytes < 1:
+        raise InputError(f"kv_budget must be positive, got {budget!r}")
+    return num_bytes
 
 
 def num_pages_of(budget_bytes: int, page_bytes: int, rows: int) -> int:

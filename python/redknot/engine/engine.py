@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from redknot.cache import KVPool, bytes_per_page
+from redknot.checks import check_count
 from redknot.engine.admission import Admission
 from redknot.engine.answers import Answers
 from redknot.engine.budget import num_pages_of, parse_bytes
@@ -83,10 +84,13 @@ class Engine(Answers):
         behind_prefix: bool = True,
         poison_freed_pages: bool | None = None,
     ) -> None:
-        for url in [store] if isinstance(store, str) else store:
+        urls = [store] if isinstance(store, str) or not isinstance(store, Sequence) else store
+        for url in urls:
             parse_url(url)
-        if not isinstance(page_size, int) or page_size < 1:
-            raise InputError(f"page_size must be a positive int, got {page_size!r}")
+        check_count("page_size", page_size)
+        for name, text in (("salt", salt), ("separator", separator)):
+            if not isinstance(text, str) and not (name == "separator" and text is None):
+                raise InputError(f"{name} must be text, got {text!r}")
         if isinstance(model, (str, Path)):
             tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model)
             model = load_model(model)

@@ -49,6 +49,8 @@ class PromptFormat:
         chat: bool | None = None,
         separator: str | None = None,
     ) -> None:
+        if tokenizer is not None and not callable(tokenizer):
+            raise InputError(f"tokenizer must be one of transformers, got {tokenizer!r}")
         self.tokenizer = tokenizer
         self._vocab_size = config.vocab_size
         has_template = bool(getattr(tokenizer, "chat_template", None))

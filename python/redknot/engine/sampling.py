@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from redknot.checks import check_count, check_number, check_share
 from redknot.errors import InputError
 
 __all__ = ["Sampler", "Sampling", "TextStream"]
@@ -38,12 +39,13 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InputError(f"temperature must be >= 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k must be >= 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be in (0, 1], got {self.top_p}")
+        check_number("temperature", self.temperature)
+        if self.top_k is not None:
+            check_count("top_k", self.top_k)
+        if self.top_p is not None:
+            check_share("top_p", self.top_p)
+        if self.seed is not None:
+            check_count("seed", self.seed, least=0)
 
     def for_request(self, number: int) -> Sampling:
         """The same with `seed + number`: another text for each request of a batch."""
@@ -99,8 +101,9 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
-        if any(not s for s in stop):
-            raise InputError("a stop string must not be empty")
+        for text in stop:
+            if not isinstance(text, str) or not text:
+                raise InputError(f"a stop string must be text and not empty, got {text!r}")
         if stop and tokenizer is None:
             raise InputError("stop strings need a tokenizer")
         self._tokenizer = tokenizer

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from redknot.checks import check_count, check_share
 from redknot.engine.generation import Request
 from redknot.engine.prompt import TextOrIds
 from redknot.engine.results import Generation
@@ -65,11 +66,12 @@ class GenerationRequest:
 
     def __post_init__(self) -> None:
         for option in ("max_new_tokens", "n"):
-            value = getattr(self, option)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{option} must be at least 1, got {value!r}")
-        if not 0 <= self.reserve <= 1:
-            raise InputError(f"reserve must be in [0, 1], got {self.reserve!r}")
+            check_count(option, getattr(self, option))
+        check_share("reserve", self.reserve, zero=True)
+        if not isinstance(self.sampling, Sampling):
+            raise InputError(f"sampling must be a Sampling, got {self.sampling!r}")
+        if self.policy is not None:
+            Policy.checked(self.policy)
 
 
 class Session:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from redknot.errors import HeadMapError
+from redknot.errors import HeadMapError, InputError
 from redknot.heads import head_map_files as files
 from redknot.heads import head_map_text
 from redknot.heads.head_map_checks import (
@@ -119,6 +119,8 @@ class HeadMap(HeadRules):
         `layers` are the compressed ones, by default the first half: with the default window and
         sink this is the operating point published for RedKnot.
         """
+        if layers is not None and not isinstance(layers, Collection):
+            raise HeadMapError(f"layers must be a list of layers, got {layers!r}")
         chosen = range(num_layers // 2) if layers is None else layers
         for layer in chosen:
             if not is_int(layer) or not 0 <= layer < num_layers:
@@ -176,6 +178,13 @@ class HeadMap(HeadRules):
         if path is not None:
             Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         return data
+
+    @staticmethod
+    def checked(heads: HeadMap) -> HeadMap:
+        """Return `heads`; InputError for anything else, such as the path of a file."""
+        if not isinstance(heads, HeadMap):
+            raise InputError(f"heads must be a HeadMap, got {type(heads).__name__}")
+        return heads
 
     # --- what it says -----------------------------------------------------------------------
 
@@ -279,8 +288,10 @@ class HeadMap(HeadRules):
 
         With more ranks than KV heads each head is held by `world_size / num_kv_heads` ranks.
         """
-        if not 0 <= rank < world_size:
-            raise HeadMapError(f"rank must be between 0 and {world_size - 1}, got {rank}")
+        if not is_int(world_size) or world_size < 1:
+            raise HeadMapError(f"world_size must be an int of at least 1, got {world_size!r}")
+        if not is_int(rank) or not 0 <= rank < world_size:
+            raise HeadMapError(f"rank must be between 0 and {world_size - 1}, got {rank!r}")
         num_heads = self.num_kv_heads
         if num_heads % world_size and world_size % num_heads:
             raise HeadMapError(f"{num_heads} KV heads cannot be split over {world_size} ranks")

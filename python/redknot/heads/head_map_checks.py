@@ -104,6 +104,8 @@ def checked_matrix(
 
 def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a deep copy of what JSON can hold."""
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise HeadMapError(f"metadata must be a mapping, got {metadata!r}")
     kept = dict(metadata or {})
     for key in kept:
         if not isinstance(key, str) or key in FILE_KEYS:

@@ -48,6 +48,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise HeadMapError(f"{path}: cannot read it: {error.strerror or error}") from error
+    except TypeError:
+        raise HeadMapError(f"a head map is read from a file, got {path!r}") from None
     except UnicodeDecodeError as error:
         raise HeadMapError(f"{path}: not UTF-8 text") from error
     try:

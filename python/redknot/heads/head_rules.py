@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from redknot.errors import HeadMapError
-from redknot.heads.head_map_checks import frozen
+from redknot.heads.head_map_checks import frozen, is_int
 from redknot.heads.visibility import held_pages, held_tokens, visible_pairs
 
 __all__ = ["HeadRules"]
@@ -18,6 +18,8 @@ GLOBAL_WINDOW = -1  # as the ops write it: no limit
 
 class HeadRules:
     """What each head sees and keeps, and what that costs; immutable.
+
+    Raises `HeadMapError` for counts and windows that are none.
 
     Parameters
     ----------
@@ -97,6 +99,7 @@ class HeadRules:
             )
         for layer, native in enumerate(sliding_windows):
             if native is not None:
+                _check_counts(sliding_window=native)
                 covered = (windows[layer] < 0) | (windows[layer] >= native)
                 windows[layer][covered] = native
                 sinks[layer][covered] = 0
@@ -117,10 +120,12 @@ class HeadRules:
 
         With `page_size`: whole pages, as a session that shares none holds them after decoding.
         """
+        _check_counts(context=context, head_dim=head_dim, bytes_per_element=bytes_per_element)
         windows, sinks = self.rules(sliding_windows)
         if page_size is None:
             tokens = held_tokens(context, windows, sinks)
         else:
+            _check_counts(page_size=page_size)
             tokens = held_pages(context, windows, sinks, page_size) * page_size
         return 2 * head_dim * bytes_per_element * int(tokens.sum())
 
@@ -128,8 +133,10 @@ class HeadRules:
         self, context: int, *, head_dim: int, bytes_per_element: int, page_size: int | None = None
     ) -> int:
         """Bytes of a cache in which every head keeps every token."""
-        tokens = context if page_size is None else -(-context // page_size) * page_size
-        return 2 * head_dim * bytes_per_element * tokens * self._is_global.size
+        whole = HeadRules(np.ones_like(self._is_global), self._windows, self._sinks)
+        return whole.kv_bytes(
+            context, head_dim=head_dim, bytes_per_element=bytes_per_element, page_size=page_size
+        )
 
     def attention_pairs(
         self, context: int, sliding_windows: Sequence[int | None] | None = None
@@ -139,4 +146,13 @@ class HeadRules:
         Counted exactly from the visibility rule, per query head: a KV head shared by g query
         heads computes g times its entry.
         """
+        _check_counts(context=context)
         return visible_pairs(context, *self.rules(sliding_windows))
+
+
+def _check_counts(**counts: object) -> None:
+    """Refuse what is no int; a context may be 0, all else is at least 1."""
+    for name, value in counts.items():
+        least = 0 if name == "context" else 1
+        if not is_int(value) or value < least:  # type: ignore[operator]
+            raise HeadMapError(f"{name} must be an int of at least {least}, got {value!r}")

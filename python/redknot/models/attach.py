@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from redknot.checks import check_count
 from redknot.errors import InputError, ModelError
 from redknot.heads import HeadMap
 from redknot.models import hf_compat
@@ -100,16 +101,14 @@ def attach(
     family = family_of(config)
     if model in _attachments:
         raise ModelError("this model is attached already; call redknot.detach(model) first")
-    if not isinstance(heads, HeadMap):
-        raise InputError(f"heads must be a HeadMap, got {type(heads).__name__}")
     if sparse_ffn is not None and not isinstance(sparse_ffn, SparseFFN):
         raise InputError(f"sparse_ffn must be a SparseFFN, got {type(sparse_ffn).__name__}")
-    heads.check_model(
+    HeadMap.checked(heads).check_model(
         config.num_hidden_layers, config.num_key_value_heads, checkpoint_fingerprint(model)
     )
     windows, sinks = heads.rules(family.sliding_windows(config))
-    if prefill_chunk_size is not None and prefill_chunk_size < 1:
-        raise InputError(f"prefill_chunk_size must be at least 1, got {prefill_chunk_size}")
+    if prefill_chunk_size is not None:
+        check_count("prefill_chunk_size", prefill_chunk_size)
 
     def make_cache(max_tokens: int | None) -> SegPagedCache:
         return SegPagedCache(

@@ -68,7 +68,7 @@ class SegPagedCache(Cache):
         pool: KVPool | None = None,
     ) -> None:
         family = family_of(config)
-        heads.check_model(config.num_hidden_layers, config.num_key_value_heads)
+        HeadMap.checked(heads).check_model(config.num_hidden_layers, config.num_key_value_heads)
         self._sliding_windows = family.sliding_windows(config)
         windows, sinks = heads.rules(self._sliding_windows)
         options = PoolOptions(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from redknot import ops
+from redknot.checks import check_count, check_share
 from redknot.errors import InputError
 
 __all__ = ["SparseFFN", "SparseMLP", "sparsify_layer"]
@@ -47,12 +48,12 @@ class SparseFFN:
     def __post_init__(self) -> None:
         for option in ("mass", "mass_deep"):
             value = getattr(self, option)
-            if value is not None and not 0.0 < value <= 1.0:
-                raise InputError(f"SparseFFN: {option} must be in (0, 1], got {value}")
+            if value is not None or option == "mass":
+                check_share(f"SparseFFN: {option}", value)
         for option in ("dense_until", "deep_start", "recent_n", "min_keep"):
             value = getattr(self, option)
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise InputError(f"SparseFFN: {option} must be an int >= 0, got {value!r}")
+            if value is not None or option != "deep_start":
+                check_count(f"SparseFFN: {option}", value, least=0)
         if (self.deep_start is None) != (self.mass_deep is None):
             raise InputError("SparseFFN: deep_start and mass_deep belong together; give both")
 

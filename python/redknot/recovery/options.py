@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from redknot.checks import check_count, check_share
 from redknot.errors import InputError
 from redknot.recovery.plan import SIGNALS
 from redknot.recovery.policy import Policy
@@ -13,21 +14,16 @@ def check_shares(policy: Policy, *options: str, zero: bool = False) -> None:
     """Refuse a share outside (0, 1], or [0, 1] with `zero`; None passes."""
     for option in options:
         value = getattr(policy, option)
-        if value is not None and not (0.0 < value <= 1.0 or (zero and value == 0.0)):
-            raise InputError(
-                f"{type(policy).__name__}: {option} must be in {'[' if zero else '('}0, 1], "
-                f"got {value}"
-            )
+        if value is not None:
+            check_share(f"{type(policy).__name__}: {option}", value, zero=zero)
 
 
 def check_counts(policy: Policy, *options: str) -> None:
     """Refuse what is not an int >= 0; None passes."""
     for option in options:
         value = getattr(policy, option)
-        if value is not None and (not isinstance(value, int) or value < 0):
-            raise InputError(
-                f"{type(policy).__name__}: {option} must be an int >= 0, got {value!r}"
-            )
+        if value is not None:
+            check_count(f"{type(policy).__name__}: {option}", value, least=0)
 
 
 def check_signals(policy: Policy, *options: str) -> None:
