@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from redknot.engine import signals
 from redknot.engine.signals import weight_read
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("window", [-1, 40])
-def test_weight_read_adds_up_the_softmax_of_all_rows_and_heads(window, softcap):
-    """Over keys of which some are not asked about, and more rows than lie in memory at once."""
+def test_weight_read_adds_up_the_softmax_of_all_rows_and_heads(window, softcap, monkeypatch):
+    """Over keys of which some are not asked about, and more weights than are had at once."""
+    monkeypatch.setattr(signals, "_CACHED_WEIGHTS", 1 << 16)
     torch.manual_seed(0)
     length, kv_heads, group, dim, scale = 700, 2, 3, 8, 0.4
     q = torch.randn(length, kv_heads * group, dim)

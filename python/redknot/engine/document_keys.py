@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -74,17 +75,18 @@ class DocumentKeys:
     def keys(self, documents: Collection[str]) -> set[str]:
         """Keys that a request over `documents` must keep: theirs and the prefix's."""
         keys = {key for document in documents for key in self._keys[document].values()}
-        return keys | {self._prefix_key()}
+        return keys | {self._prefix_key}
 
     def chain(self, documents: Sequence[str]) -> list[str]:
         """Keys of the prefix and of `documents`, in order: what a recovered chain is known by."""
-        return [self._prefix_key(), *(self._keys[document][None] for document in documents)]
+        return [self._prefix_key, *(self._keys[document][None] for document in documents)]
 
     def forget(self) -> None:
         """Forget every document."""
         self._token_ids.clear()
         self._keys.clear()
 
+    @cached_property
     def _prefix_key(self) -> str:
         return self._segment_key(self.prefix_ids[:0], self.prefix_ids)
 

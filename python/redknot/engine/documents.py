@@ -176,7 +176,7 @@ class DocumentCache(DocumentKeys):
         """The prefix's segment, computed if need be; None when there is no prefix."""
         if not len(self.prefix_ids):
             return None
-        return self._find(self._prefix_key(), self.prefix_ids[:0], self.prefix_ids, keep)
+        return self._find(self._prefix_key, self.prefix_ids[:0], self.prefix_ids, keep)
 
     def find(
         self,
@@ -245,7 +245,7 @@ class DocumentCache(DocumentKeys):
         hidden_layer: int | None = None,
         need: DocumentNeed | None = None,
     ) -> Found:
-        parts, keep = self.tiers.parts, {*keep, key, self._prefix_key()}
+        parts, keep = self.tiers.parts, {*keep, key, self._prefix_key}
         used = parts.used(len(token_ids), None if need is None else need.all)
         segment = self.store.get(key, used)
         if segment is not None:
@@ -343,7 +343,7 @@ class DocumentCache(DocumentKeys):
         """What documents are computed behind."""
         if not len(context_ids):
             return None
-        return self._find(self._prefix_key(), context_ids[:0], context_ids, keep).segment
+        return self._find(self._prefix_key, context_ids[:0], context_ids, keep).segment
 
     def make_room(self, keep: Collection[str], missing: OutOfPages, what: str) -> None:
         """Evict regions of segments that the request does not need, or raise BudgetError."""

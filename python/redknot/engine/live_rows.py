@@ -16,7 +16,7 @@ from torch import Tensor
 from redknot.models.decoder import Decoder
 from redknot.recovery import Pick, PromptLayout, RecoveryPlan
 
-__all__ = ["LiveRows", "Prompt"]
+__all__ = ["LiveRows", "Prompt", "part_of"]
 
 _MOST_READERS = 256  # so that what rows read costs no more than linear time
 
@@ -56,6 +56,13 @@ class Prompt:
         return torch.cat(parts)
 
 
+def part_of(index: slice | Tensor, chunk: slice) -> slice | Tensor:
+    """Some of the rows that `LiveRows.index_of` names."""
+    if isinstance(index, Tensor):
+        return index[chunk]
+    return slice(index.start + chunk.start, index.start + chunk.stop)
+
+
 class LiveRows:
     """The rows that a prefill carries at the moment: documents' rows, then the query's.
 
@@ -67,7 +74,8 @@ class LiveRows:
         How many of them are rows of documents.
     q_positions : Tensor [num_rows], int32
         The same, for the attention.
-    cu_seqlens_q : Tensor [2], int32
+    home_positions : Tensor [num_rows], int32
+        Where their keys are rotated at: their homes in their own documents.
     foreign : Tensor [num_rows], fp32, or None
         What global heads have brought in from other segments so far, if anyone asked.
     """
@@ -77,6 +85,7 @@ class LiveRows:
         self._device = decoder.device
         self._tensors: dict[int, Tensor] = {}  # of the plan's arrays, which outlive this object
         self._picked: dict[int, Tensor] = {}  # what picks kept, by the plan's array
+        self._ranks: dict[int, Tensor] = {}  # where that stands in the array
         self._always: np.ndarray | None = None  # of the picks so far
         self._token_ids = self._index(prompt.token_ids)
         self._query = self._index(prompt.layout.query_positions)
@@ -91,9 +100,7 @@ class LiveRows:
         self.num_documents = len(documents)
         self.positions = torch.cat([documents, self._query]) if len(documents) else self._query
         self.q_positions = self.positions.int()
-        self.cu_seqlens_q = torch.tensor(
-            [0, len(self.positions)], dtype=torch.int32, device=self._device
-        )
+        self.home_positions = self.key_positions[self.positions]
 
     # --- sets of the plan ------------------------------------------------------------------------
 
@@ -110,15 +117,14 @@ class LiveRows:
         assert self._always is None or len(rows) <= len(self._always)
         return self.tensor(rows)
 
-    def rank(self, rows: np.ndarray, part: Tensor) -> Tensor | None:
-        """Where the rows `part` stand in a set as the plan has it; None: they are all of it."""
-        return None if len(part) == len(rows) else torch.searchsorted(self.tensor(rows), part)
+    def rank(self, rows: np.ndarray) -> Tensor | None:
+        """Where what is left of a set stands in it as the plan has it; None: it is all there."""
+        return self._ranks.get(id(rows))
 
     # --- what changes them -----------------------------------------------------------------------
 
     def begin(self, rows: np.ndarray) -> Tensor:
         """Carry the set `rows` and the query; returns their embeddings [num_rows, hidden_dim]."""
-        self._set = rows
         self._carry(self.now(rows))
         return self._decoder.embed(self._token_ids[self.positions])
 
@@ -128,16 +134,14 @@ class LiveRows:
         Returns `hidden` [num_rows, hidden_dim] for the new rows.
         """
         documents, num_before = self.now(rows), self.num_documents
-        if rows is self._set and len(documents) == num_before:
+        if len(documents) == num_before:
             return hidden
-        self._set = rows
         if len(documents) > num_before:
             return self._enter(rows, documents, hidden, layer)
         index = self.index_of(documents)
-        if len(documents) < num_before:
-            self._carry(documents)
-            if self.foreign is not None:
-                self.foreign = self.foreign[index]
+        self._carry(documents)
+        if self.foreign is not None:
+            self.foreign = self.foreign[index]
         return hidden[index]
 
     def index_of(self, documents: Tensor) -> slice | Tensor:
@@ -166,7 +170,7 @@ class LiveRows:
             entered = self.stored(documents.numpy(), layer)
         else:  # the host does not know which rows were picked
             entered = self.stored(rows, layer)
-            rank = self.rank(rows, documents)
+            rank = self.rank(rows)
             entered = entered if rank is None else entered[rank]
         # Those that are carried already keep what they have.
         stay = torch.searchsorted(documents, before[:num_before])
@@ -200,5 +204,6 @@ class LiveRows:
             readers = chosen[len(always) :][:_MOST_READERS]  # by importance
             read = read_by(readers).index_fill(0, chosen, -torch.inf)
             chosen = torch.cat([chosen, read.topk(pick.read).indices])
-        self._picked[id(rows)] = self.tensor(rows)[chosen.sort().values]
+        self._ranks[id(rows)] = chosen.sort().values
+        self._picked[id(rows)] = self.tensor(rows)[self._ranks[id(rows)]]
         self._always = pick.always

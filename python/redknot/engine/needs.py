@@ -84,16 +84,18 @@ def needs_of(
                 now.append(mask)
                 later.append(more)
             group[layer, head] = known[key]
-    documents = []
-    has_later = any(mask.any() for mask in later)
-    for document in layout.documents:
-        inside = slice(document.begin, document.end)
-        parts = [
-            NeededTokens(np.stack([mask[inside] for mask in masks]), group).whole_pages(page_size)
-            for masks in (now, later)
-        ]
-        documents.append(DocumentNeed(parts[0], parts[1] if has_later else None))
-    return documents
+    tokens = [np.stack(now)]
+    if any(mask.any() for mask in later):
+        tokens.append(np.stack(later))
+    return [
+        DocumentNeed(
+            *(
+                NeededTokens(masks[:, document.begin : document.end], group).whole_pages(page_size)
+                for masks in tokens
+            )
+        )
+        for document in layout.documents
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from redknot import ops
 from redknot.cache import KVPool
 from redknot.cache.page_selection import PageSelector
-from redknot.engine.live_rows import LiveRows, Prompt
+from redknot.engine.live_rows import LiveRows, Prompt, part_of
 from redknot.engine.signals import (
     GlobalRows,
     foreign_part,
@@ -27,6 +29,8 @@ __all__ = ["HeadRules", "LayerTrace", "RecoveryPass", "TokenSlots"]
 
 # Slots [num_rows, num_kv_heads] of the rows that a pass computes, by layer.
 TokenSlots = Callable[[int], np.ndarray]
+# Normed hidden states of some of the carried rows.
+_Normed: TypeAlias = Callable[["slice | Tensor"], Tensor]
 # Bytes of hidden states at most that pass projections and attention at once on a CPU: rows enough
 # for the GEMMs, and memory so little that the allocators keep it for the next chunk.
 _CHUNK_BYTES = 24 << 20
@@ -98,9 +102,14 @@ class RecoveryPass:
         self._prompt, self._rules = prompt, rules
         self._tail_slots, self._counter = tail_slots, counter
         self._rows = LiveRows(prompt, decoder)
-        self._windows, self._sinks = self._tensor(rules.windows), self._tensor(rules.sinks)
+        self._windows = self._tensor(rules.windows).unbind()
+        self._sinks = self._tensor(rules.sinks).unbind()
         self._heads = [np.flatnonzero(row) for row in rules.is_global]
         self._forced: tuple[np.ndarray, Tensor] | None = None
+        self._most_rows = sys.maxsize  # of a chunk
+        if decoder.device.type == "cpu":
+            row_bytes = decoder.shape.hidden_dim * decoder.dtype.itemsize
+            self._most_rows = max(_CHUNK_BYTES // row_bytes, _TILE_ROWS)
         self.trace: list[LayerTrace] = []
 
     def _tensor(self, array: np.ndarray, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -111,37 +120,49 @@ class RecoveryPass:
 
         Returns the logits [vocab_size] of the last row; `trace` then says which rows lived.
         """
-        decoder, rows, counter = self._decoder, self._rows, self._counter
-        plan = self._prompt.plan
-        if plan.ahead is not None:
-            self._pick(plan.ahead.layer, plan.ahead.pick, plan.ahead.rows)
+        rows, plan, ahead = self._rows, self._prompt.plan, self._prompt.plan.ahead
+        if ahead is not None:
+            self._pick(ahead.layer, ahead.pick, ahead.rows)
         hidden = rows.begin(_before_pick(plan.layers[0]))
         asked = [n for n, s in enumerate(plan.layers) if s.ffn and s.ffn.signal == "foreign"]
         last_foreign = max(asked, default=-1)
         for layer, step in enumerate(plan.layers):
             hidden = rows.move(_before_pick(step), hidden, layer)
+            normed = self._normed(layer, hidden)
             fresh, fresh_local = rows.now(step.fresh), rows.now(step.fresh_local)
-            shift = self._refresh_kv(layer, step, hidden)
+            shift = self._refresh_kv(layer, step, normed)
             if step.pick is not None:
                 self._pick(layer, step.pick, step.present, shift)
-            hidden = rows.move(step.live, hidden, layer)
+            live = rows.move(step.live, hidden, layer)
+            if live is not hidden:
+                hidden, normed = live, self._normed(layer, live)
             self.trace.append(LayerTrace(rows.documents, fresh, fresh_local))
-            norms = self._attend(layer, step.ffn, hidden, layer <= last_foreign)
+            norms = self._attend(layer, step.ffn, hidden, normed, layer <= last_foreign)
             hidden = self._add_ffn(layer, step.ffn, hidden, norms)
-        counter.lm_head()
-        return decoder.logits(hidden[-1:])[0]
+        self._counter.lm_head()
+        return self._decoder.logits(hidden[-1:])[0]
 
-    def _chunks(self, num_rows: int) -> Iterator[slice]:
-        """Rows that pass projections and attention at once, evenly split; on CUDA all of them."""
-        num_chunks = 1
-        if self._decoder.device.type == "cpu":
-            row_bytes = self._decoder.shape.hidden_dim * self._decoder.dtype.itemsize
-            num_chunks = max(-(-num_rows * row_bytes // _CHUNK_BYTES), 1)
-        size = max(-(-num_rows // (num_chunks * _TILE_ROWS)), 1) * _TILE_ROWS
-        return (slice(begin, begin + size) for begin in range(0, num_rows, size))
+    def _chunks(self, num_rows: int) -> list[slice]:
+        """Rows that pass projections and attention at once, evenly split."""
+        if num_rows <= self._most_rows:
+            return [slice(0, num_rows)]
+        num_chunks = -(-num_rows // self._most_rows)
+        size = -(-num_rows // (num_chunks * _TILE_ROWS)) * _TILE_ROWS
+        return [slice(begin, begin + size) for begin in range(0, num_rows, size)]
+
+    def _normed(self, layer: int, hidden: Tensor) -> _Normed:
+        """The norm before a layer's projections, of some rows; once where all are one chunk."""
+        if len(hidden) <= self._most_rows:
+            return self._decoder.attention_norm(layer, hidden).__getitem__
+        return lambda index: self._decoder.attention_norm(layer, hidden[index])
 
     def _attend(
-        self, layer: int, rule: FfnRule | None, hidden: Tensor, wants_foreign: bool
+        self,
+        layer: int,
+        rule: FfnRule | None,
+        hidden: Tensor,
+        normed: _Normed,
+        wants_foreign: bool,
     ) -> Tensor | None:
         """Add the attention of the live rows to `hidden`, in place.
 
@@ -152,7 +173,7 @@ class RecoveryPass:
         norms = []
         for chunk in self._chunks(len(hidden)):
             own, positions = hidden[chunk], rows.q_positions[chunk]
-            q = decoder.query(layer, decoder.attention_norm(layer, own), positions)
+            q = decoder.query(layer, normed(chunk), positions)
             out, lse = self._pool.attend_rows(
                 q,
                 row_indptr,
@@ -178,24 +199,22 @@ class RecoveryPass:
 
     # --- K and V ---------------------------------------------------------------------------------
 
-    def _refresh_kv(self, layer: int, step: LayerPlan, hidden: Tensor) -> Tensor | None:
+    def _refresh_kv(self, layer: int, step: LayerPlan, normed: _Normed) -> Tensor | None:
         """Write the K/V of fresh rows and of the query's.
 
         Returns how far they moved, [len(fresh)], if the layer picks by that.
         """
-        num_heads = self._decoder.shape.num_kv_heads
-        everything, global_heads = np.arange(num_heads), self._heads[layer]
-        if step.fresh is step.fresh_local or len(global_heads) == num_heads:
-            return self._write_kv(layer, step, step.fresh, everything, hidden)
-        if not len(global_heads):
-            return self._write_kv(layer, step, step.fresh_local, everything, hidden)
+        num_heads, global_heads = self._decoder.shape.num_kv_heads, self._heads[layer]
+        if step.fresh is step.fresh_local or len(global_heads) in (0, num_heads):
+            fresh = step.fresh if len(global_heads) else step.fresh_local
+            return self._write_kv(layer, step, fresh, np.arange(num_heads), normed)
         local_heads = np.flatnonzero(~self._rules.is_global[layer])
-        shift = self._write_kv(layer, step, step.fresh, global_heads, hidden)
-        self._write_kv(layer, step, step.fresh_local, local_heads, hidden)
+        shift = self._write_kv(layer, step, step.fresh, global_heads, normed)
+        self._write_kv(layer, step, step.fresh_local, local_heads, normed)
         return shift
 
     def _write_kv(
-        self, layer: int, step: LayerPlan, fresh: np.ndarray, heads: np.ndarray, hidden: Tensor
+        self, layer: int, step: LayerPlan, fresh: np.ndarray, heads: np.ndarray, normed: _Normed
     ) -> Tensor | None:
         """Compute and write some heads' K/V of the rows `fresh` and the query's."""
         rows, pool, counter, decoder = self._rows, self._pool, self._counter, self._decoder
@@ -205,16 +224,15 @@ class RecoveryPass:
         documents = rows.now(fresh)
         if len(documents):
             planned = pool.allocator.position_slots(self._session, layer, fresh)
-            own = self._tensor(planned if all_heads else planned.take(heads, 1), torch.int64)
-            rank = rows.rank(fresh, documents)
-            slots = torch.cat([own if rank is None else own[rank], slots])
+            of_set = self._tensor(planned if all_heads else planned.take(heads, 1), torch.int64)
+            rank = rows.rank(fresh)
+            slots = torch.cat([of_set if rank is None else of_set[rank], slots])
         index = rows.index_of(documents)
-        positions = rows.key_positions[rows.positions[index]]
+        positions = rows.home_positions[index]
         shifts, wants_shift = [], step.pick is not None and step.pick.by == "kv_shift"
         for chunk in self._chunks(len(slots)):
-            part = hidden[index][chunk] if isinstance(index, slice) else hidden[index[chunk]]
-            normed = decoder.attention_norm(layer, part)
-            k, v = decoder.key_value(layer, normed, positions[chunk], tuple(heads.tolist()))
+            own = normed(part_of(index, chunk))
+            k, v = decoder.key_value(layer, own, positions[chunk], tuple(heads.tolist()))
             if wants_shift:
                 cached = pool.read(slots[: len(documents)][chunk])
                 shifts.append(kv_shift(k[: len(cached[0])], v[: len(cached[0])], *cached))
@@ -297,7 +315,7 @@ class RecoveryPass:
     ) -> Tensor:
         """What global heads brought to the rows `documents` from other segments, [num_rows]."""
         layout = self._prompt.layout
-        ends = self._tensor(np.array([document.end for document in layout.documents]), torch.int64)
+        ends = self._tensor(np.array([d.end for d in layout.documents]), torch.int64)
         bounds = torch.searchsorted(documents, ends).int()
         bounds = torch.cat([bounds.new_zeros(1), bounds])
         own = self._attend_global(layer, pages.heads, q, documents.int(), *pages.own(), bounds)
@@ -316,8 +334,7 @@ class RecoveryPass:
         cu_seqlens_q: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Output and lse of some global heads of the layer for some document rows."""
-        chosen = list(heads)
-        num_seqs = len(cu_seqlens_q) - 1
+        chosen, num_seqs = list(heads), len(cu_seqlens_q) - 1
         return self._pool.attend_rows(
             q,
             row_indptr,

@@ -15,8 +15,8 @@ from redknot.recovery.plan import FfnRule
 
 __all__ = ["GlobalRows", "foreign_part", "kv_shift", "select_rows", "weight_read"]
 
-# Rows whose fp32 copies stay in a CPU's caches, and rows whose weights of all keys do.
-_CACHED_ROWS, _WEIGHED_ROWS = 256, 16
+# Rows whose fp32 copies stay in a CPU's caches, and weights that do.
+_CACHED_ROWS, _CACHED_WEIGHTS = 128, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,17 @@ class GlobalRows:
 
     def own(self) -> tuple[np.ndarray, np.ndarray]:
         """The same of one sequence for each document, which sees the prefix and that document."""
-        first = self.refs[0, :, 1]
+        first, (num_heads, num_refs, _) = self.refs[0, :, 1], self.refs.shape
         prefix = np.arange(np.searchsorted(first, self.layout.prefix_end))
-        parts, counts = [np.empty((0, 4), np.int32)], [0]
-        for document in self.layout.documents:
-            pages = np.arange(*np.searchsorted(first, (document.begin, document.end)))
-            wanted = np.concatenate([prefix, pages])
-            parts.append(self.refs[:, wanted].reshape(-1, 4))
-            counts += [len(wanted)] * len(self.heads)
-        return np.cumsum(counts, dtype=np.int32), np.concatenate(parts)
+        rows = np.arange(num_heads)[:, None] * num_refs
+        bounds = np.array([(d.begin, d.end) for d in self.layout.documents]).reshape(-1, 2)
+        parts, counts = [np.empty(0, np.int64)], [0]
+        for begin, end in np.searchsorted(first, bounds).tolist():
+            wanted = np.concatenate([prefix, np.arange(begin, end)])
+            parts.append((rows + wanted).ravel())
+            counts += [len(wanted)] * num_heads
+        refs = self.refs.reshape(-1, 4)[np.concatenate(parts)]
+        return np.cumsum(counts, dtype=np.int32), refs
 
 
 def foreign_part(out: Tensor, lse: Tensor, own_out: Tensor, own_lse: Tensor) -> Tensor:
@@ -78,11 +80,14 @@ def foreign_part(out: Tensor, lse: Tensor, own_out: Tensor, own_lse: Tensor) -> 
         Attention over everything, and over the row's own segment and the prefix.
     lse, own_lse : Tensor [num_heads, num_rows]
     """
-    share = torch.exp(own_lse - lse).T[:, :, None]
+    share = torch.exp(own_lse - lse).T[:, :, None].contiguous()
     num_rows = _CACHED_ROWS if out.device.type == "cpu" else max(len(out), 1)
     parts = zip(out.split(num_rows), share.split(num_rows), own_out.split(num_rows), strict=True)
     return torch.cat(
-        [ops.token_importance(whole.float() - of * own.float()) for whole, of, own in parts]
+        [
+            ops.token_importance(torch.addcmul(whole.float(), own.float(), of, value=-1))
+            for whole, of, own in parts
+        ]
     )
 
 
@@ -113,21 +118,23 @@ def weight_read(
     """
     read = torch.zeros(len(k), device=k.device)
     num_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    for begin in range(0, len(q), _WEIGHED_ROWS):
-        rows = slice(begin, begin + _WEIGHED_ROWS)
-        positions = q_positions[rows, None]
-        seen = k_positions <= positions
+    heads = [slice(head * group, (head + 1) * group) for head in range(num_heads)]
+    queries = [(q[:, head] * softmax_scale).flatten(0, 1) for head in heads]
+    sums = [lse[head].T.reshape(-1, 1) for head in heads]
+    num_keys = max(_CACHED_WEIGHTS // max(len(queries[0]), 1), 1)
+    for begin in range(0, len(k), num_keys):
+        keys = slice(begin, begin + num_keys)
+        seen = k_positions[keys] <= q_positions[:, None]
         if window >= 0:
-            seen &= k_positions > positions - window
+            seen &= k_positions[keys] > q_positions[:, None] - window
         seen = seen[:, None].float()
         for head in range(num_heads):
-            of_head = slice(head * group, (head + 1) * group)
-            scores = (q[rows, of_head].flatten(0, 1) * softmax_scale @ k[:, head].T).float()
+            scores = (queries[head] @ k[keys, head].T).float()
             if softcap:
                 scores = softcap * (scores / softcap).tanh()
-            scores = scores.unflatten(0, (-1, group)).sub_(lse[of_head, rows].T[:, :, None])
             # Weights of what is seen are at most 1, and exp is slow for minus infinity.
-            read += scores.clamp_(max=0.0).exp_().mul_(seen).sum((0, 1))
+            weights = scores.sub_(sums[head]).clamp_(max=0.0).exp_()
+            read[keys] += weights.unflatten(0, (-1, group)).mul_(seen).sum((0, 1))
     return read
 
 
