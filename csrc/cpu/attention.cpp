@@ -72,6 +72,8 @@ class Schedule {
 
 }  // namespace
 
+int64_t attention_tile_rows() { return kernels().attention_tile_rows; }
+
 void seg_paged_attention(const SegPagedAttentionParams& params, const Executor& executor) {
   const PlanView plan(params.plan);
   const Rotations rotations(params);

@@ -22,6 +22,7 @@ struct RotationTable {
 // The functions that are compiled once per instruction set. Each works on a range of rows (tokens,
 // items) that the launcher gives to one thread.
 struct Kernels {
+  int64_t attention_tile_rows;
   int64_t (*attention_scratch_bytes)(const SegPagedAttentionParams& params);
   // `maybe_next` is what this thread does next, most likely; its first pages may be asked for.
   void (*attention_item)(const SegPagedAttentionParams& params,

@@ -83,8 +83,8 @@ Items make_items(const PlanInput& input) {
     const int64_t seq = row / input.num_kv_heads;
     const int64_t q_end = input.cu_seqlens_q[seq + 1];
     const int64_t num_tokens = q_end - input.cu_seqlens_q[seq];
-    const int64_t step =
-        tile_tokens(num_tokens, input.num_q_heads, input.num_q_heads / input.num_kv_heads);
+    const int64_t step = tile_tokens(
+        num_tokens, input.num_q_heads, input.num_q_heads / input.num_kv_heads, input.tile_rows);
     const int64_t num_tiles = (num_tokens + step - 1) / step * input.num_kv_heads;
     for (int64_t q = input.cu_seqlens_q[seq]; q < q_end; q += step) {
       add_tile(input,

@@ -101,7 +101,8 @@ void check_paged_rows(const Tensor& row_indptr,
 void attend(const AttentionInputs& in, const Tensor& out, const Tensor* maybe_lse) {
   const Arguments args("seg_paged_attention");
   SegPagedAttentionParams params = attention_params(args, in, out, maybe_lse);
-  const PlanInput rows = plan_input(params);
+  PlanInput rows = plan_input(params);
+  rows.tile_rows = cpu::attention_tile_rows();
   check_rows(args, rows, in.lists, params.num_refs);
   check_refs(args, rows, params.pool, params.page_refs, in.inv_freq.has_value());
 
@@ -135,7 +136,8 @@ Tensor seg_paged_plan(const Tensor& row_indptr,
   args.check(page_size > 0, "page_size must be positive, got ", page_size);
   args.check(num_workers > 0, "num_workers must be positive, got ", num_workers);
   const RowTensors lists{row_indptr, cu_seqlens_q, q_positions, row_window, row_sink};
-  const PlanInput rows = plan_input(args, lists, num_q_heads, page_size);
+  PlanInput rows = plan_input(args, lists, num_q_heads, page_size);
+  rows.tile_rows = cpu::attention_tile_rows();
   check_rows(args, rows, lists, -1);
   const std::vector<int32_t> plan = make_plan(rows, num_workers);
   const Tensor out =

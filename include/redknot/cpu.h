@@ -13,6 +13,8 @@
 // wall.
 namespace redknot::cpu {
 
+// PlanInput::tile_rows for the instruction set in use; any other will do.
+int64_t attention_tile_rows();
 void seg_paged_attention(const SegPagedAttentionParams& params, const Executor& executor);
 void write_pages(const WritePagesParams& params, const Executor& executor);
 void copy_pages(const CopyPagesParams& params, const Executor& executor);

@@ -59,8 +59,9 @@ constexpr SlotRange visible_slots(
 
 // Query rows (tokens x query heads of a group) per tile: a page read and packed once serves them
 // all. With 512 rows of 128 dimensions packing is 1/20 of the work, and Q in bf16, O in fp32 and a
-// tile of keys take 450 KiB of L2.
-constexpr int64_t kMaxTileRows = 512;
+// tile of keys take 450 KiB of L2. Kernels whose arithmetic is faster ask for more.
+constexpr int64_t kTileRows = 512;
+constexpr int64_t kMaxTileRows = 1024;
 constexpr int64_t kMinTileRows = 64;
 // Tiles that a sequence is cut into, all heads together, before its tiles grow: the threads of a
 // large machine want their share of a short prompt.
@@ -76,12 +77,17 @@ constexpr int64_t kItemsPerSequence = 256;
 // Below this many rows a tile is bound by reading pages.
 constexpr int64_t kDecodeRows = 16;
 
-// Tokens per tile of a sequence of `num_tokens` queries; from its own shape alone.
-constexpr int64_t tile_tokens(int64_t num_tokens, int64_t num_q_heads, int64_t group_size) {
+// Tokens per tile of a sequence of `num_tokens` queries, of at most `tile_rows` rows; from its own
+// shape alone.
+constexpr int64_t tile_tokens(int64_t num_tokens,
+                              int64_t num_q_heads,
+                              int64_t group_size,
+                              int64_t tile_rows) {
   const int64_t share = num_tokens * num_q_heads / kTilesPerSequence;
-  const int64_t rows = share >= kMaxTileRows
-                           ? kMaxTileRows
-                           : (share >= 4 * kMinTileRows ? 4 * kMinTileRows : kMinTileRows);
+  int64_t rows = tile_rows;
+  if (share < rows) rows = kTileRows;
+  if (share < rows) rows = 4 * kMinTileRows;
+  if (share < rows) rows = kMinTileRows;
   return group_size >= rows ? 1 : rows / group_size;
 }
 
@@ -149,6 +155,7 @@ struct PlanInput {
   int64_t num_kv_heads = 0;
   int64_t num_q_heads = 0;
   int64_t page_size = 0;
+  int64_t tile_rows = kTileRows;  // at most kMaxTileRows
 };
 
 // Longest item first to the least loaded worker; a worker then goes through its items row by row,

@@ -1,19 +1,20 @@
 #pragma once
 
 // Many query rows (prefill) in bf16 on AMX: scores^T = K Q^T and O^T += V^T P^T by tdpbf16ps, the
-// softmax between them in AVX-512. Query rows lie on the lanes, in panels of two vectors, so that
+// softmax between them in AVX-512. Query rows lie on the lanes, in panels of four vectors, so that
 // the softmax needs no reduction across lanes and its weights leave it in the layout of a B tile.
 //
 // A list of keys is staged once for all panels of the item: keys are copied into A tiles, values
 // transposed into them. What is staged, queries and sums live in L2; what a panel works on lives in
-// L1: its queries, its sums, the weights of 256 keys and two small buffers of scores, since a tile
-// is stored at full speed only to lines that are there. Keys and values pass L1 by.
+// L1: its queries, the weights of 256 keys, two small buffers of scores and the sums of the product
+// at hand, since a tile is stored at full speed only to lines that are there. Keys and values pass
+// L1 by.
 //
-// While the tile unit computes the scores of 32 keys, the vector units turn those of the 32 keys
-// before into weights, interleaved finely enough for the core to run both at the same time. The
-// tile unit keeps one of the two ports of fused multiply-adds for itself, so weights come from
-// integer operations on 16 bits. They are summed up as they are multiplied, rounded to bf16, so
-// that what rounding does to a row's largest weights cancels.
+// While the tile unit computes the scores of 16 keys, the vector units turn those of 16 keys before
+// into weights, interleaved finely enough for the core to run both at the same time. The tile unit
+// keeps one of the two ports of fused multiply-adds for itself, so weights come from integer
+// operations on 16 bits. They are summed up as they are multiplied, rounded to bf16, so that what
+// rounding does to a row's largest weights cancels.
 #include <type_traits>
 #include <utility>
 
@@ -21,6 +22,7 @@
 #include "amx_keys.h"
 #include "amx_panels.h"
 #include "amx_products.h"
+#include "amx_weigher.h"
 
 namespace redknot::cpu::REDKNOT_ISA {
 
@@ -33,8 +35,8 @@ class AmxAttention {
     const int64_t panels = AmxPanels<T>::count_of(rows);
     const int64_t padded = StagedKeys::padded_dim(head_dim);
     return PanelState::scratch_floats(panels * kWidth) + StagedKeys::scratch_floats(padded) +
-           AmxPanels<T>::scratch_floats(rows, padded) + panels * kStepFloats +
-           2 * kUnitKeys * kWidth + kChunkKeys / 2 * kWidth + kWidth;
+           AmxPanels<T>::scratch_floats(rows, padded) + 2 * panels * kStepFloats +
+           3 * kProductFloats + kChunkKeys / 2 * kWidth + kWidth;
   }
 
   AmxAttention(const SegPagedAttentionParams& params, const Queries<T>& queries, float* scratch)
@@ -54,9 +56,10 @@ class AmxAttention {
         carver_(scratch),
         state_(queries, AmxPanels<T>::count_of(queries.rows()) * kWidth, carver_),
         staged_(head_dim_, carver_),
-        panels_(queries, head_dim_, padded_, q_factor_, carver_) {
-    steps_ = reinterpret_cast<Step*>(carver_.take(panels_.count() * kStepFloats));
-    scores_ = carver_.take(2 * kUnitKeys * kWidth);
+        panels_(queries, head_dim_, padded_, q_factor_, carver_),
+        scores_(carver_.take(2 * kProductFloats)),
+        products_(carver_.take(kProductFloats)) {
+    steps_ = reinterpret_cast<Step*>(carver_.take(2 * panels_.count() * kStepFloats));
     weights_ = carver_.take(kChunkKeys / 2 * kWidth);
     rescale_ = carver_.take(kWidth);
     // Lanes without a query row have a maximum, so that nobody waits for their first key.
@@ -104,7 +107,8 @@ class AmxAttention {
   // when higher scores come. fp32 sums and bf16 weights lose nothing by it.
   static constexpr float kHeadroom = 7.0f;
 
-  // One panel against the keys [begin, end) of a list; its rows see no others.
+  // One panel against the keys [begin, end) of a list, or two where its sink and its window lie far
+  // apart; its rows see no others.
   struct Step {
     int32_t panel;
     int32_t begin;
@@ -113,6 +117,11 @@ class AmxAttention {
     int32_t end_unit() const { return (end + kUnitKeys - 1) / kUnitKeys; }
   };
   static constexpr int64_t kStepFloats = sizeof(Step) / sizeof(float);
+  struct Half {
+    const Step* step;
+    int half;  // of the list
+  };
+  static constexpr int kHalfWords = kHalfKeys / 2 * kWidth;
 
   // --- keys -------------------------------------------------------------------------------------
 
@@ -125,6 +134,7 @@ class AmxAttention {
   void finish() {
     turn();
     turn();
+    products_.flush();
   }
 
   void attend(const KeyList& keys, const KeyList& next) {
@@ -132,27 +142,41 @@ class AmxAttention {
     if (num_steps == 0) return;
     panels_.turn_to(keys.offset);
     staged_.stage(keys);
+    scoring_ = {steps_, 2 * steps_->first_unit()};
+    steps_end_ = steps_ + num_steps;
     Idle idle;
-    score_unit(steps_[0], steps_[0].first_unit(), idle);
+    score_next(idle);
+    score_next(idle);
     for (int i = 0; i < num_steps; ++i) {
       next.fetch_share(head_dim_ * sizeof(T), i, num_steps);
-      attend_panel(keys, steps_[i], i + 1 < num_steps ? &steps_[i + 1] : nullptr);
+      attend_panel(keys, steps_[i]);
     }
   }
 
   int list_steps(const KeyList& keys) {
     int num_steps = 0;
+    const auto add = [&](int64_t panel, int begin, int end) {
+      if (begin < end) steps_[num_steps++] = {static_cast<int32_t>(panel), begin, end};
+    };
+    const int32_t* positions = keys.positions;
+    const auto count = [=](int begin, int end, auto&& is_first) {
+      return static_cast<int>(std::partition_point(positions + begin, positions + end, is_first) -
+                              positions);
+    };
     for (int64_t p = 0; p < panels_.count(); ++p) {
-      if (classify(keys.positions[0], keys.positions[keys.count - 1], p) == TileClass::kSkip) {
-        continue;
-      }
       const auto [first, last] = positions_of(p);
-      int begin = 0;
-      int end = keys.count;
-      while (keys.positions[end - 1] > last) --end;
-      while (behind_window(keys.positions[begin], first)) ++begin;
-      // Keys with a gap may all lie behind the panel's window or after it.
-      if (begin < end) steps_[num_steps++] = {static_cast<int32_t>(p), begin, end};
+      const int end = count(0, keys.count, [&](int32_t key) { return key <= last; });
+      const int sink_end = queries_.window() < 0
+                               ? end
+                               : count(0, end, [&](int32_t key) { return key < queries_.sink(); });
+      const int begin =
+          count(sink_end, end, [&](int32_t key) { return behind_window(key, first); });
+      if (begin / kUnitKeys > (sink_end + kUnitKeys - 1) / kUnitKeys) {
+        add(p, 0, sink_end);
+        add(p, begin, end);
+      } else {
+        add(p, sink_end == 0 ? begin : 0, end);
+      }
     }
     return num_steps;
   }
@@ -175,48 +199,55 @@ class AmxAttention {
 
   // --- tiles ------------------------------------------------------------------------------------
 
-  // Scores of a unit of keys and a panel, into the buffer that was not filled last.
+  // The scores of the next half, into one of two buffers in turn.
   template <typename Work>
-  [[gnu::always_inline]] void score_unit(const Step& step, int unit, Work& work) {
-    scored_ ^= 1;
-    zero_results();
-    mac_tiles(staged_.keys(unit, 0),
-              staged_.keys(unit, 1),
-              panels_.queries(step.panel),
-              padded_ / 32,
-              work);
-    store_results(scores_ + scored_ * kUnitKeys * kWidth);
+  [[gnu::always_inline]] void score_next(Work& work) {
+    products_.template multiply<false>(staged_.keys(scoring_.half),
+                                       panels_.queries(scoring_.step->panel),
+                                       padded_ / 32,
+                                       scores_ + num_scored_++ % 2 * kProductFloats,
+                                       work);
+    if (++scoring_.half == 2 * scoring_.step->end_unit()) {
+      ++scoring_.step;
+      if (!all_scored()) scoring_.half = 2 * scoring_.step->first_unit();
+    }
   }
+  bool all_scored() const { return scoring_.step == steps_end_; }
 
   // Adds the weighed values of units [begin, end) to the sums of a panel.
   void add_values(const Step& step, int begin, int end) {
-    float* out = panels_.sums(step.panel);
+    float* sums = panels_.sums(step.panel);
     if (rescaled_) panels_.rescale(step.panel, rescale_);
-    Idle idle;
-    for (int64_t d = 0; d < padded_; d += 32) {
-      load_results(out + d * kWidth);
-      mac_tiles(
-          staged_.values(d, begin), staged_.values(d + 16, begin), weights_, end - begin, idle);
-      store_results(out + d * kWidth);
+    NextSums next{sums + kProductFloats};
+    for (int64_t d = 0; d < padded_; d += kProductRows) {
+      products_.template multiply<true>(
+          staged_.values(d, begin), weights_, end - begin, sums + d * kWidth, next);
     }
   }
+  // Asks for the sums of the next product, all of them beside one over a whole chunk.
+  struct NextSums {
+    const float* sums;
+    template <int Place>
+    [[gnu::always_inline]] void advance() {
+      __builtin_prefetch(sums, 1);
+      __builtin_prefetch(sums + kLanes, 1);
+      sums += 2 * kLanes;
+    }
+  };
 
   // --- the softmax ------------------------------------------------------------------------------
 
-  // A panel against its keys of a list. The scores of its first unit are there, those of the next
-  // panel's first unit are there afterwards.
-  void attend_panel(const KeyList& keys, const Step& step, const Step* next) {
+  // A panel against its keys of a list. The scores of its first two halves are on their way, those
+  // of the next step's are afterwards.
+  void attend_panel(const KeyList& keys, const Step& step) {
     constexpr int kChunkUnits = kChunkKeys / kUnitKeys;
     load_state(step);
     for (int begin = step.first_unit(); begin < step.end_unit(); begin += kChunkUnits) {
       const int end = std::min(begin + kChunkUnits, step.end_unit());
       rescaled_ = false;
       for (float* rescale = rescale_; rescale < rescale_ + kWidth; ++rescale) *rescale = 1.0f;
-      for (int unit = begin; unit < end; ++unit) {
-        const bool last = unit + 1 == step.end_unit();
-        const Step* following = last ? next : &step;
-        const int following_unit = last && next != nullptr ? next->first_unit() : unit + 1;
-        weigh_unit(keys, step, unit, unit - begin, following, following_unit);
+      for (int half = 2 * begin; half < 2 * end; ++half) {
+        weigh_half(keys, step, half, half - 2 * begin);
       }
       add_values(step, begin, end);
     }
@@ -235,41 +266,36 @@ class AmxAttention {
     }
   }
 
-  // Turns the scores of a unit, the `index`th of its chunk, into weights, while those of the
-  // following one are computed.
-  void weigh_unit(const KeyList& keys,
-                  const Step& step,
-                  int unit,
-                  int index,
-                  const Step* following,
-                  int following_unit) {
-    float* scores = scores_ + scored_ * kUnitKeys * kWidth;
-    float* words = weights_ + index * kUnitKeys / 2 * kWidth;
-    const int begin = unit * kUnitKeys;
-    const int count = std::min(kUnitKeys, step.end - begin);
+  // Turns the scores of half a unit, the `index`th of its chunk, into weights, while those of the
+  // half after the next are computed.
+  void weigh_half(const KeyList& keys, const Step& step, int half, int index) {
+    if (all_scored()) products_.flush();
+    float* scores = scores_ + num_weighed_++ % 2 * kProductFloats;
+    float* words = weights_ + index * kHalfWords;
+    const int begin = half * kHalfKeys;
+    const int count = std::clamp(step.end - begin, 0, kHalfKeys);
     const int32_t* positions = keys.positions + begin;
     if (cap_scale_ != 0.0f) {
       for (int i = 0; i < count * kWidth; i += kLanes) {
         store(scores + i, tanh(load(scores + i) * cap_scale_));
       }
     }
-    const bool whole = count == kUnitKeys &&
+    const bool whole = count == kHalfKeys &&
                        classify(positions[0], positions[count - 1], step.panel) == TileClass::kFull;
     if (whole && bases_in_reach()) {
-      TableWeigher weigher(*this, scores, words);
-      if (following != nullptr) score_unit(*following, following_unit, weigher);
+      Weigher weigher(scores, words, scale_, base_, sums_);
+      if (!all_scored()) score_next(weigher);
       weigher.finish();
       if (weigher.exp2.all_inside()) {
-        sums_[0] = weigher.sum0;
-        sums_[1] = weigher.sum1;
+        weigher.leave_sums(sums_);
         return;
       }
     } else {
       Idle idle;
-      if (following != nullptr) score_unit(*following, following_unit, idle);
+      if (!all_scored()) score_next(idle);
       if (!whole) {
         state_.mask<kVecs>(int64_t{step.panel} * kWidth, positions, count, scores);
-        for (int i = count * kWidth; i < kUnitKeys * kWidth; i += kLanes) {
+        for (int i = count * kWidth; i < kProductFloats; i += kLanes) {
           store(scores + i, broadcast(-kInf));
         }
       }
@@ -286,44 +312,7 @@ class AmxAttention {
     return inside == 0xffff;
   }
 
-  // What the vector units do between tile instructions: weights 2^(score * scale - base) of scores
-  // that all are seen and not far from the base, two keys at a time.
-  struct TableWeigher {
-    const float* scores;
-    const float* end;
-    float* words;
-    Vec scale, shift0, shift1, sum0, sum1;
-    Exp2Words exp2;
-
-    TableWeigher(const AmxAttention& panel, const float* unit_scores, float* unit_words)
-        : scores(unit_scores),
-          end(unit_scores + kUnitKeys * kWidth),
-          words(unit_words),
-          scale(broadcast(Exp2Words::kSteps * panel.scale_)),
-          shift0(Exp2Words::kShift - Exp2Words::kSteps * panel.base_[0]),
-          shift1(Exp2Words::kShift - Exp2Words::kSteps * panel.base_[1]),
-          sum0(panel.sums_[0]),
-          sum1(panel.sums_[1]) {}
-
-    [[gnu::always_inline]] void advance() {
-      if (scores == end) return;
-      weigh(0, shift0, sum0);
-      weigh(kLanes, shift1, sum1);
-      scores += 2 * kWidth;
-      words += kWidth;
-    }
-    [[gnu::always_inline]] void weigh(int lane, Vec shift, Vec& sum) {
-      const Vec pair = exp2(fma(load(scores + lane), scale, shift),
-                            fma(load(scores + lane + kWidth), scale, shift));
-      sum = add_words(sum, pair);
-      store(words + lane, pair);
-    }
-    [[gnu::always_inline]] void finish() {
-      while (scores != end) advance();
-    }
-  };
-
-  // The same for any scores, -infinity included; raises the base where they ask for it.
+  // Weighs any scores, -infinity included; raises the base where they ask for it.
   __attribute__((noinline)) void weigh_exactly(const float* scores, float* words, int index) {
     for (int c = 0; c < kVecs; ++c) {
       const float* column = scores + c * kLanes;
@@ -333,7 +322,7 @@ class AmxAttention {
       }
       // A row that has seen nothing yet subtracts 0, not -infinity.
       const Vec base = base_[c] == -kInf ? Vec{} : -base_[c];
-      for (int i = 0; i < kUnitKeys; i += 2) {
+      for (int i = 0; i < kHalfKeys; i += 2) {
         const Vec a = exp2_weight(fma(load(column + i * kWidth), broadcast(scale_), base));
         const Vec b = exp2_weight(fma(load(column + (i + 1) * kWidth), broadcast(scale_), base));
         const Vec pair = pair_words(a, b);
@@ -346,7 +335,7 @@ class AmxAttention {
   static Vec column_max(const float* column) {
     Vec tops[4];
     for (Vec& top : tops) top = broadcast(-kInf);
-    for (int i = 0; i < kUnitKeys; i += 4) {
+    for (int i = 0; i < kHalfKeys; i += 4) {
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) tops[j] = max(load(column + (i + j) * kWidth), tops[j]);
     }
@@ -355,8 +344,8 @@ class AmxAttention {
 
   // Takes the scores of column c relative to a whole number well above `top` where they exceed the
   // old one: what was summed is worth a power of two less, which is exact for sums, results and the
-  // weights of the chunk's earlier units.
-  void raise_base(int c, Vec top, int num_units) {
+  // weights of the chunk's earlier halves.
+  void raise_base(int c, Vec top, int num_halves) {
     const Vec ceiling = (Vec)_mm512_roundscale_ps((__m512)top, _MM_FROUND_TO_POS_INF);
     const Vec base = top > base_[c] ? ceiling + kHeadroom : base_[c];
     const Vec factor = exp2_nonpositive(base_[c] == base ? Vec{} : base_[c] - base);
@@ -366,7 +355,7 @@ class AmxAttention {
     store(rescale, load(rescale) * factor);
     rescaled_ = true;
     float* words = weights_ + c * kLanes;
-    for (int i = 0; i < num_units * kUnitKeys / 2; ++i) {
+    for (int i = 0; i < num_halves * kHalfKeys / 2; ++i) {
       const VecI word = (VecI)load(words + i * kWidth);
       const Vec low = (Vec)(word << 16) * factor;
       const Vec high = (Vec)(word & broadcast(int32_t{-65536})) * factor;
@@ -388,11 +377,15 @@ class AmxAttention {
   KeyList* full_ = &lists_[0];
   KeyList* filling_ = &lists_[1];
   AmxTiles tiles_;
-  int scored_ = 0;  // the buffer of scores that was filled last
-  Step* steps_;     // [panels]
-  float* scores_;   // [2, kUnitKeys, kWidth]
-  float* weights_;  // [kChunkKeys / 2, kWidth] words
-  float* rescale_;  // [kWidth]
+  float* scores_;  // [2, kHalfKeys, kWidth]
+  PanelProducts products_;
+  unsigned num_scored_ = 0;  // halves, of which the last may still be on its way
+  unsigned num_weighed_ = 0;
+  Step* steps_;  // [2 * panels]
+  const Step* steps_end_ = nullptr;
+  Half scoring_ = {};  // what to score next
+  float* weights_;     // [kChunkKeys / 2, kWidth] words
+  float* rescale_;     // [kWidth]
   bool rescaled_ = false;
   Vec base_[kVecs];  // of the panel being weighed
   Vec sums_[kVecs];

@@ -12,8 +12,9 @@
 
 namespace redknot::cpu::REDKNOT_ISA {
 
-// The depth of a bf16 tile.
+// The depth of a bf16 tile; its halves have as many keys as a tile has rows.
 inline constexpr int kUnitKeys = 32;
+inline constexpr int kHalfKeys = 16;
 
 // Where keys lie, gathered from tiles: so many that a panel's queries and sums, once they are in
 // L1, are worth it, and few enough for their copies to stay in L2.
@@ -63,9 +64,7 @@ class StagedKeys {
     stage_values(list);
   }
   // A tiles [depth block of 32] of the keys of half a unit.
-  const char* keys(int unit, int half) const {
-    return keys_ + (2 * unit + half) * (padded_ / 32) * kTileBytes;
-  }
+  const char* keys(int half) const { return keys_ + half * (padded_ / 32) * kTileBytes; }
   // A tiles [unit] of V^T for 16 dimensions, from `unit` on.
   const char* values(int64_t d, int unit) const {
     return values_ + (d / 16 * (KeyList::kCapacity / kUnitKeys) + unit) * kTileBytes;

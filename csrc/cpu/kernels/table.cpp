@@ -8,6 +8,7 @@
 namespace redknot::cpu::REDKNOT_ISA {
 
 const Kernels kKernels = {
+    .attention_tile_rows = kAttentionTileRows,
     .attention_scratch_bytes = attention_scratch_bytes,
     .attention_item = attention_item,
     .attention_merge = attention_merge,
