@@ -67,8 +67,8 @@ class AmxAttention {
   }
 
   void consume(const KeyTile& tile, const KeyTile*) {
-    if (!filling_->takes(tile)) turn();
-    filling_->append(tile);
+    if (!keys_.takes(tile)) attend();
+    keys_.append(tile);
   }
 
   void write_out() {
@@ -125,47 +125,40 @@ class AmxAttention {
 
   // --- keys -------------------------------------------------------------------------------------
 
-  // What was gathered is attended to one list late, when it is known what to fetch meanwhile.
-  void turn() {
-    if (full_->count > 0) attend(*full_, *filling_);
-    std::swap(full_, filling_);
-    filling_->count = 0;
-  }
   void finish() {
-    turn();
-    turn();
+    if (keys_.count > 0) attend();
     products_.flush();
   }
 
-  void attend(const KeyList& keys, const KeyList& next) {
-    const int num_steps = list_steps(keys);
-    if (num_steps == 0) return;
-    panels_.turn_to(keys.offset);
-    staged_.stage(keys);
-    scoring_ = {steps_, 2 * steps_->first_unit()};
-    steps_end_ = steps_ + num_steps;
-    Idle idle;
-    score_next(idle);
-    score_next(idle);
-    for (int i = 0; i < num_steps; ++i) {
-      next.fetch_share(head_dim_ * sizeof(T), i, num_steps);
-      attend_panel(keys, steps_[i]);
+  // All panels against what was gathered.
+  void attend() {
+    const int num_steps = list_steps();
+    if (num_steps > 0) {
+      panels_.turn_to(keys_.offset);
+      staged_.stage(keys_);
+      scoring_ = {steps_, 2 * steps_->first_unit()};
+      steps_end_ = steps_ + num_steps;
+      Idle idle;
+      score_next(idle);
+      score_next(idle);
+      for (int i = 0; i < num_steps; ++i) attend_panel(steps_[i]);
     }
+    keys_.count = 0;
   }
 
-  int list_steps(const KeyList& keys) {
+  int list_steps() {
     int num_steps = 0;
     const auto add = [&](int64_t panel, int begin, int end) {
       if (begin < end) steps_[num_steps++] = {static_cast<int32_t>(panel), begin, end};
     };
-    const int32_t* positions = keys.positions;
+    const int32_t* positions = keys_.positions;
     const auto count = [=](int begin, int end, auto&& is_first) {
       return static_cast<int>(std::partition_point(positions + begin, positions + end, is_first) -
                               positions);
     };
     for (int64_t p = 0; p < panels_.count(); ++p) {
       const auto [first, last] = positions_of(p);
-      const int end = count(0, keys.count, [&](int32_t key) { return key <= last; });
+      const int end = count(0, keys_.count, [&](int32_t key) { return key <= last; });
       const int sink_end = queries_.window() < 0
                                ? end
                                : count(0, end, [&](int32_t key) { return key < queries_.sink(); });
@@ -239,7 +232,7 @@ class AmxAttention {
 
   // A panel against its keys of a list. The scores of its first two halves are on their way, those
   // of the next step's are afterwards.
-  void attend_panel(const KeyList& keys, const Step& step) {
+  void attend_panel(const Step& step) {
     constexpr int kChunkUnits = kChunkKeys / kUnitKeys;
     load_state(step);
     for (int begin = step.first_unit(); begin < step.end_unit(); begin += kChunkUnits) {
@@ -247,7 +240,7 @@ class AmxAttention {
       rescaled_ = false;
       for (float* rescale = rescale_; rescale < rescale_ + kWidth; ++rescale) *rescale = 1.0f;
       for (int half = 2 * begin; half < 2 * end; ++half) {
-        weigh_half(keys, step, half, half - 2 * begin);
+        weigh_half(step, half, half - 2 * begin);
       }
       add_values(step, begin, end);
     }
@@ -268,13 +261,13 @@ class AmxAttention {
 
   // Turns the scores of half a unit, the `index`th of its chunk, into weights, while those of the
   // half after the next are computed.
-  void weigh_half(const KeyList& keys, const Step& step, int half, int index) {
+  void weigh_half(const Step& step, int half, int index) {
     if (all_scored()) products_.flush();
     float* scores = scores_ + num_weighed_++ % 2 * kProductFloats;
     float* words = weights_ + index * kHalfWords;
     const int begin = half * kHalfKeys;
     const int count = std::clamp(step.end - begin, 0, kHalfKeys);
-    const int32_t* positions = keys.positions + begin;
+    const int32_t* positions = keys_.positions + begin;
     if (cap_scale_ != 0.0f) {
       for (int i = 0; i < count * kWidth; i += kLanes) {
         store(scores + i, tanh(load(scores + i) * cap_scale_));
@@ -373,9 +366,7 @@ class AmxAttention {
   PanelState state_;
   StagedKeys staged_;
   AmxPanels<T> panels_;
-  KeyList lists_[2];
-  KeyList* full_ = &lists_[0];
-  KeyList* filling_ = &lists_[1];
+  KeyList keys_;
   AmxTiles tiles_;
   float* scores_;  // [2, kHalfKeys, kWidth]
   PanelProducts products_;

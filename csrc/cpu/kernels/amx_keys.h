@@ -36,15 +36,6 @@ struct KeyList {
     std::copy_n(tile.positions, tile.count, positions + count);
     count += tile.count;
   }
-  // Asks for share i of the keys and values, so that copying finds them in L2.
-  void fetch_share(int64_t row_bytes, int i, int shares) const {
-    for (int key = count * i / shares; key < count * (i + 1) / shares; ++key) {
-      for (int64_t b = 0; b < row_bytes; b += 64) {
-        fetch_ahead<64>(k[key] + b);
-        fetch_ahead<64>(v[key] + b);
-      }
-    }
-  }
 };
 
 class StagedKeys {
