@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include "executor.h"
 #include "redknot/cpu.h"
 #include "redknot/planner.h"
+#include "register.h"
 
 namespace redknot::binding {
 namespace {
@@ -147,19 +147,16 @@ Tensor seg_paged_plan(const Tensor& row_indptr,
 }
 
 void add_ops(torch::stable::detail::StableLibrary& m) {
-  m.impl("seg_paged_attention", TORCH_BOX(&AttentionOps<attend>::returning));
-  m.impl("seg_paged_attention_out", TORCH_BOX(&AttentionOps<attend>::writing));
+  m.impl("seg_paged_attention", TORCH_BOX(AttentionOps<attend>::kReturning));
+  m.impl("seg_paged_attention_out", TORCH_BOX(AttentionOps<attend>::kWriting));
   m.impl("seg_paged_plan", TORCH_BOX(&seg_paged_plan));
 }
 
 }  // namespace
 
+RK_REGISTER_ON_CPU(add_ops)
 STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) {
-  add_ops(m);
   m.impl("_check_paged_rows", TORCH_BOX(&check_paged_rows));
 }
-#if !defined(REDKNOT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
-#endif
 
 }  // namespace redknot::binding

@@ -53,77 +53,59 @@ SegPagedAttentionParams attention_params(const Arguments& args,
                                          const Tensor& out,
                                          const Tensor* maybe_lse);
 
-// The two forms of the op on a device that does with its arguments what kAttend does.
+// The two forms of the op on a device that does with its arguments what kAttend does: they differ
+// in what stands behind the inputs.
 template <void (*kAttend)(const AttentionInputs&, const Tensor& out, const Tensor* maybe_lse)>
-struct AttentionOps {
-  static void writing(const Tensor& q,
-                      const Tensor& k_cache,
-                      const Tensor& v_cache,
-                      const Tensor& row_indptr,
-                      const Tensor& page_refs,
-                      const Tensor& cu_seqlens_q,
-                      const Tensor& q_positions,
-                      const Tensor& row_window,
-                      const Tensor& row_sink,
-                      std::optional<Tensor> inv_freq,
-                      bool rope_interleaved,
-                      std::optional<double> softmax_scale,
-                      double softcap,
-                      std::optional<Tensor> plan,
-                      const Tensor& out,
-                      std::optional<Tensor> lse) {
-    kAttend({q,
-             k_cache,
-             v_cache,
-             {row_indptr, cu_seqlens_q, q_positions, row_window, row_sink},
-             page_refs,
-             inv_freq,
-             rope_interleaved,
-             softmax_scale,
-             softcap,
-             plan},
-            out,
-            lse.has_value() ? &*lse : nullptr);
+class AttentionOps {
+  template <typename... Results>
+  static auto call(const Tensor& q,
+                   const Tensor& k_cache,
+                   const Tensor& v_cache,
+                   const Tensor& row_indptr,
+                   const Tensor& page_refs,
+                   const Tensor& cu_seqlens_q,
+                   const Tensor& q_positions,
+                   const Tensor& row_window,
+                   const Tensor& row_sink,
+                   std::optional<Tensor> inv_freq,
+                   bool rope_interleaved,
+                   std::optional<double> softmax_scale,
+                   double softcap,
+                   std::optional<Tensor> plan,
+                   Results... results) {
+    return attend({q,
+                   k_cache,
+                   v_cache,
+                   {row_indptr, cu_seqlens_q, q_positions, row_window, row_sink},
+                   page_refs,
+                   inv_freq,
+                   rope_interleaved,
+                   softmax_scale,
+                   softcap,
+                   plan},
+                  results...);
   }
 
-  static std::tuple<Tensor, Tensor> returning(const Tensor& q,
-                                              const Tensor& k_cache,
-                                              const Tensor& v_cache,
-                                              const Tensor& row_indptr,
-                                              const Tensor& page_refs,
-                                              const Tensor& cu_seqlens_q,
-                                              const Tensor& q_positions,
-                                              const Tensor& row_window,
-                                              const Tensor& row_sink,
-                                              std::optional<Tensor> inv_freq,
-                                              bool rope_interleaved,
-                                              std::optional<double> softmax_scale,
-                                              double softcap,
-                                              std::optional<Tensor> plan,
-                                              bool return_lse) {
+  static void attend(const AttentionInputs& in,
+                     const Tensor& out,
+                     const std::optional<Tensor>& lse) {
+    kAttend(in, out, lse.has_value() ? &*lse : nullptr);
+  }
+
+  static std::tuple<Tensor, Tensor> attend(const AttentionInputs& in, bool return_lse) {
+    const Tensor& q = in.q;
     const Arguments args("seg_paged_attention", q);
     args.floating("q", q, {"num_tokens", "num_q_heads", "head_dim"});
     const Tensor out = new_result(q, q.sizes());
     std::optional<Tensor> lse;
     if (return_lse) lse = torch::stable::new_empty(q, {q.size(1), q.size(0)}, ScalarType::Float);
-    writing(q,
-            k_cache,
-            v_cache,
-            row_indptr,
-            page_refs,
-            cu_seqlens_q,
-            q_positions,
-            row_window,
-            row_sink,
-            inv_freq,
-            rope_interleaved,
-            softmax_scale,
-            softcap,
-            plan,
-            out,
-            lse);
+    attend(in, out, lse);
     return {out, lse.has_value() ? *lse : torch::stable::new_empty(q, {0}, ScalarType::Float)};
   }
+
+ public:
+  static constexpr auto kWriting = &call<Tensor, std::optional<Tensor>>;
+  static constexpr auto kReturning = &call<bool>;
 };
 
 }  // namespace redknot::binding

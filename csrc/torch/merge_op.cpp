@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
@@ -6,6 +5,7 @@
 #include "executor.h"
 #include "merge_params.h"
 #include "redknot/cpu.h"
+#include "register.h"
 
 namespace redknot::binding {
 
@@ -62,9 +62,6 @@ void add_ops(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
-#if !defined(REDKNOT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
-#endif
+RK_REGISTER_ON_CPU(add_ops)
 
 }  // namespace redknot::binding

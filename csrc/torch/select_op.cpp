@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
@@ -6,6 +5,7 @@
 
 #include "executor.h"
 #include "redknot/cpu.h"
+#include "register.h"
 #include "select_params.h"
 
 namespace redknot::binding {
@@ -95,9 +95,6 @@ void add_ops(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
-#if !defined(REDKNOT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
-#endif
+RK_REGISTER_ON_CPU(add_ops)
 
 }  // namespace redknot::binding

@@ -149,8 +149,8 @@ void attend(const AttentionInputs& in, const Tensor& out, const Tensor* maybe_ls
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) {
-  m.impl("seg_paged_attention", TORCH_BOX(&AttentionOps<attend>::returning));
-  m.impl("seg_paged_attention_out", TORCH_BOX(&AttentionOps<attend>::writing));
+  m.impl("seg_paged_attention", TORCH_BOX(AttentionOps<attend>::kReturning));
+  m.impl("seg_paged_attention_out", TORCH_BOX(AttentionOps<attend>::kWriting));
   m.impl("seg_paged_plan", TORCH_BOX(&seg_paged_plan));
 }
 

@@ -30,41 +30,42 @@ void check_rows(const Arguments& args, const char* name, const void* base, int64
              stride);
 }
 
+void check_dims(const Arguments& args, const char* names, int64_t first, int64_t second) {
+  args.check(first % 8 == 0 && second % 8 == 0,
+             names,
+             " must be multiples of 8 on CUDA, got ",
+             first,
+             " and ",
+             second);
+}
+
+void check_num_rows(const Arguments& args, int64_t num_tokens, int64_t max_rows) {
+  args.check(num_tokens <= kMaxRows && max_rows <= kMaxRows,
+             "at most 2^31 - 1 tokens on CUDA, got ",
+             num_tokens,
+             " and indices for ",
+             max_rows);
+}
+
 void check_layout(const Arguments& args, const GatheredFfnParams& params) {
   check_dtype(args, "residual", params.dtype);
-  args.check(params.hidden_dim % 8 == 0 && params.ffn_dim % 8 == 0,
-             "hidden_dim and ffn_dim must be multiples of 8 on CUDA, got ",
-             params.hidden_dim,
-             " and ",
-             params.ffn_dim);
+  check_dims(args, "hidden_dim and ffn_dim", params.hidden_dim, params.ffn_dim);
   check_rows(args, "residual", params.residual, params.residual_stride);
   check_rows(args, "norm_weight", params.norm_weight, 0);
   check_rows(args, "w_gate_up", params.w_gate, params.gate_stride);
   check_rows(args, "w_up", params.w_up, params.up_stride);
   check_rows(args, "w_down", params.w_down, params.down_stride);
-  args.check(params.num_tokens <= kMaxRows && params.max_rows <= kMaxRows,
-             "at most 2^31 - 1 tokens on CUDA, got ",
-             params.num_tokens,
-             " and indices for ",
-             params.max_rows);
+  check_num_rows(args, params.num_tokens, params.max_rows);
 }
 
 void check_layout(const Arguments& args, const GatheredLinearParams& params) {
   check_dtype(args, "x", params.dtype);
-  args.check(params.in_dim % 8 == 0 && params.out_dim % 8 == 0,
-             "in_dim and out_dim must be multiples of 8 on CUDA, got ",
-             params.in_dim,
-             " and ",
-             params.out_dim);
+  check_dims(args, "in_dim and out_dim", params.in_dim, params.out_dim);
   check_rows(args, "x", params.x, params.x_stride);
   check_rows(args, "weight", params.w, params.w_stride);
   check_rows(args, "bias", params.maybe_bias, 0);
   check_rows(args, "norm_weight", params.maybe_norm, 0);
-  args.check(params.num_tokens <= kMaxRows && params.max_rows <= kMaxRows,
-             "at most 2^31 - 1 rows on CUDA, got ",
-             params.num_tokens,
-             " and indices for ",
-             params.max_rows);
+  check_num_rows(args, params.num_tokens, params.max_rows);
 }
 
 void gathered_ffn(const Tensor& residual,
