@@ -159,6 +159,9 @@ def test_rms_norm_errors() -> None:
     ]:  # fmt: skip
         with raises("rms_norm: " + message):
             ops.rms_norm(*args, EPS)
+    for eps, got in [(-1e-6, "-1e-06"), (float("nan"), "nan"), (float("inf"), "inf")]:
+        with raises(f"rms_norm: eps must be a finite number >= 0, got {got}"):
+            ops.rms_norm(x, x[0], eps)
 
 
 def test_large_activations_do_not_overflow() -> None:
@@ -208,6 +211,7 @@ def test_errors() -> None:
         ({"indices": torch.tensor([1, -1]).int()},
          "indices must be below num_tokens = 6, got -1 at 1"),
         ({"indices": torch.tensor([1, 1]).int()}, "indices must be unique, got 1 again at 1"),
+        ({"eps": -1.0}, "eps must be a finite number >= 0, got -1"),
     ]:  # fmt: skip
         with raises("gathered_ffn: " + message):
             ops.gathered_ffn(**{**good, **change})

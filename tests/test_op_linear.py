@@ -136,6 +136,7 @@ def test_errors() -> None:
         ({"indices": one}, "indices and count must be given together"),
         ({"indices": one.long(), "count": one}, "indices must be int32 [max_rows], got int64 [1]"),
         ({"indices": one, "count": 2 * one}, "count must be within indices, got 2 of 1"),
+        ({"norm_weight": linear.norm, "eps": -1.0}, "eps must be a finite number >= 0, got -1"),
         ({"indices": 6 * one, "count": one}, "indices must be below num_tokens = 6, got 6 at 0"),
     ]:  # fmt: skip
         with raises("gathered_linear: " + message):

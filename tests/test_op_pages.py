@@ -102,3 +102,15 @@ def test_copy_pages_errors() -> None:
     ]:  # fmt: skip
         with raises("copy_pages: " + message):
             ops.copy_pages(k_cache, v_cache, copies)
+
+
+def test_keys_and_values_have_pages_of_their_own() -> None:
+    pool = torch.zeros(4, 2, 8, 16)
+    k, slots = torch.randn(3, 2, 16), torch.arange(6).reshape(3, 2)
+    ops.write_pages(k, 2 * k, pool[:, 0], pool[:, 1], slots)  # side by side in one tensor
+    assert torch.equal(pool[0, 1], 2 * pool[0, 0]) and pool[0, 0, :6].ne(0).all()
+    for v_cache in (pool[:, 0], pool.flatten(0, 1)[:4]):
+        with pytest.raises(RuntimeError, match="write_pages: v_cache must not overlap k_cache"):
+            ops.write_pages(k, k, pool[:, 0], v_cache, slots)
+    with pytest.raises(RuntimeError, match="copy_pages: v_cache must not overlap k_cache"):
+        ops.copy_pages(pool[:, 0], pool[:, 0], torch.tensor([[0, 1]], dtype=torch.int32))

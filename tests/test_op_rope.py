@@ -123,3 +123,28 @@ def test_errors() -> None:
     ]:  # fmt: skip
         with raises(message):
             call()
+
+
+def inside(buffer: Tensor, first: int, tokens: int = 6) -> Tensor:
+    """Keys [tokens, 2, 16] of a fused projection [.., 5, 16], from an element on."""
+    return buffer.as_strided((tokens, 2, 16), (80, 16, 1), first)
+
+
+@pytest.mark.parametrize(
+    ("first", "overlaps"),
+    # Behind one another within a row, the next token's, one element on, one head on, behind all.
+    [(32, False), (80, True), (1, True), (16, True), (480, False)],
+)
+def test_out_may_not_overlap_the_keys_unless_it_is_them(first: int, overlaps: bool) -> None:
+    buffer, inv_freq = torch.randn(1000), torch.ones(8)
+    k, out = inside(buffer, 0), inside(buffer, first)
+    want = ops.rope_realign(k, 3, inv_freq)
+    before = buffer.clone()
+    if overlaps:
+        with pytest.raises(RuntimeError, match="rope_realign: out must be k itself or not"):
+            ops.rope_realign(k, 3, inv_freq, out=out)
+        assert torch.equal(buffer, before)
+    else:
+        assert torch.equal(ops.rope_realign(k, 3, inv_freq, out=out), want)
+    with pytest.raises(RuntimeError, match="out must be k itself or not"):  # other strides
+        ops.rope_realign(k, 3, inv_freq, out=buffer[:192].view(6, 2, 16))

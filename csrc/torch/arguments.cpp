@@ -1,5 +1,6 @@
 #include "arguments.h"
 
+#include <cmath>
 #include <ostream>
 
 namespace redknot::binding {
@@ -77,7 +78,50 @@ bool shape_fits(const Tensor& tensor, Dims dims) {
   return true;
 }
 
+// The bytes from a tensor's first element to behind its last.
+struct Extent {
+  explicit Extent(const Tensor& tensor) : begin(static_cast<const char*>(tensor.data_ptr())) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+    end = begin + (last + 1) * static_cast<int64_t>(tensor.element_size());
+  }
+  const char* begin;
+  const char* end;
+};
+
+bool are_alike(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim() || a.element_size() != b.element_size()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != b.size(i) || (a.size(i) > 1 && a.stride(i) != b.stride(i))) return false;
+  }
+  return true;
+}
+
+// Whether steps along the dimensions from `dim` on, each shorter than the dimension is long, lead
+// to an element `distance` away. All of an inner dimension is shorter than a step of an outer one,
+// so only the two multiples beside the distance come into question.
+bool is_in_reach(const Tensor& tensor, int64_t dim, int64_t distance) {
+  while (dim < tensor.dim() && tensor.size(dim) <= 1) ++dim;
+  if (dim == tensor.dim()) return distance == 0;
+  const int64_t size = tensor.size(dim), stride = tensor.stride(dim);
+  const int64_t below = distance / stride - (distance % stride < 0 ? 1 : 0);
+  for (const int64_t steps : {below, below + 1}) {
+    const bool is_inside = -size < steps && steps < size;
+    if (is_inside && is_in_reach(tensor, dim + 1, distance - steps * stride)) return true;
+  }
+  return false;
+}
+
 }  // namespace
+
+bool overlap(const Tensor& a, const Tensor& b) {
+  if (a.numel() == 0 || b.numel() == 0) return false;
+  const Extent here(a), there(b);
+  if (here.end <= there.begin || there.end <= here.begin) return false;
+  const int64_t distance = there.begin - here.begin;
+  const auto element = static_cast<int64_t>(a.element_size());
+  return !are_alike(a, b) || distance % element != 0 || is_in_reach(a, 0, distance / element);
+}
 
 const char* name_of(ScalarType dtype) {
   switch (dtype) {
@@ -175,6 +219,17 @@ void Arguments::writable(const char* name, const Tensor& tensor) const {
           i,
           " is 0");
   }
+}
+
+void Arguments::apart(const char* name,
+                      const Tensor& tensor,
+                      const char* other_name,
+                      const Tensor& other) const {
+  check(!overlap(tensor, other), name, " must not overlap ", other_name);
+}
+
+void Arguments::eps(double eps) const {
+  check(std::isfinite(eps) && eps >= 0.0, "eps must be a finite number >= 0, got ", eps);
 }
 
 PagePool Arguments::pool(const Tensor& k_cache, const Tensor& v_cache) const {

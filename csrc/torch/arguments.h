@@ -34,6 +34,10 @@ struct Dim {
 
 using Dims = std::initializer_list<Dim>;
 
+// Whether two tensors share memory. Of equal shape and strides: whether they have an element in
+// common; of others, whether one begins before the other ends.
+bool overlap(const Tensor& a, const Tensor& b);
+
 // The arguments of one call of one op, all on one device.
 class Arguments {
  public:
@@ -53,6 +57,13 @@ class Arguments {
   void contiguous(const char* name, const Tensor& tensor) const;
   // Written to: no two elements may share memory (a broadcast view does).
   void writable(const char* name, const Tensor& tensor) const;
+  // Written to beside one that is read: they may not overlap.
+  void apart(const char* name,
+             const Tensor& tensor,
+             const char* other_name,
+             const Tensor& other) const;
+  // Of a norm.
+  void eps(double eps) const;
 
   // A page pool: [num_pages, page_size, head_dim] twice, same dtype and shape.
   PagePool pool(const Tensor& k_cache, const Tensor& v_cache) const;

@@ -94,6 +94,9 @@ SegPagedAttentionParams attention_params(const Arguments& args,
 
   args.floating("out", out, {num_tokens, num_q_heads, head_dim}, "k_cache", pool.dtype);
   args.writable("out", out);
+  args.apart("out", out, "q", in.q);
+  args.apart("out", out, "k_cache", in.k_cache);
+  args.apart("out", out, "v_cache", in.v_cache);
   if (maybe_lse != nullptr) {
     args.tensor("lse", *maybe_lse, ScalarType::Float, {num_q_heads, num_tokens});
     args.contiguous("lse", *maybe_lse);

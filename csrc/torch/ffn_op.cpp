@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include "ffn_params.h"
 #include "linear_params.h"
 #include "redknot/cpu.h"
+#include "register.h"
 #include "result.h"
 
 namespace redknot::binding {
@@ -31,6 +31,7 @@ GatheredFfnParams gathered_ffn_params(const Arguments& args,
                                       double eps,
                                       const std::string& activation) {
   GatheredFfnParams params;
+  args.eps(eps);
   params.activation = activation_of(args, activation);
   params.dtype = args.floating("residual", in.residual, {"num_tokens", "hidden_dim"});
   args.writable("residual", in.residual);
@@ -74,6 +75,7 @@ RmsNormCall rms_norm_call(const Arguments& args,
                           const Tensor& x,
                           const Tensor& weight,
                           double eps) {
+  args.eps(eps);
   const DType dtype = args.floating("x", x, {"num_rows", "hidden_dim"});
   args.floating("weight", weight, {{"hidden_dim", x.size(1)}}, "x", dtype);
   const Tensor out = new_result(x, {x.size(0), x.size(1)});
@@ -239,9 +241,6 @@ void add_ops(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
-#if !defined(REDKNOT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
-#endif
+RK_REGISTER_ON_CPU(add_ops)
 
 }  // namespace redknot::binding

@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <array>
@@ -8,6 +7,7 @@
 #include "executor.h"
 #include "linear_params.h"
 #include "redknot/cpu.h"
+#include "register.h"
 #include "result.h"
 
 namespace redknot::binding {
@@ -15,6 +15,7 @@ namespace redknot::binding {
 GatheredLinearParams gathered_linear_params(const Arguments& args,
                                             const LinearTensors& in,
                                             double eps) {
+  args.eps(eps);
   GatheredLinearParams params;
   params.dtype = args.floating("x", in.x, {"num_tokens", "in_dim"});
   params.num_tokens = in.x.size(0);
@@ -171,9 +172,6 @@ void add_ops(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
-#if !defined(REDKNOT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
-#endif
+RK_REGISTER_ON_CPU(add_ops)
 
 }  // namespace redknot::binding

@@ -1,10 +1,9 @@
-#include <torch/csrc/stable/library.h>
-
 #include <vector>
 
 #include "executor.h"
 #include "pages_params.h"
 #include "redknot/cpu.h"
+#include "register.h"
 
 namespace redknot::binding {
 
@@ -17,6 +16,7 @@ WritePagesParams write_pages_params(const Tensor& k,
   const PagePool pool = args.pool(k_cache, v_cache);
   args.writable("k_cache", k_cache);
   args.writable("v_cache", v_cache);
+  args.apart("v_cache", v_cache, "k_cache", k_cache);
   args.tensor("slots", slots, ScalarType::Long, {"num_tokens", "num_kv_heads"});
   const int64_t num_tokens = slots.size(0);
   const int64_t num_kv_heads = slots.size(1);
@@ -46,6 +46,7 @@ CopyPagesParams copy_pages_params(const Tensor& k_cache,
   const PagePool pool = args.pool(k_cache, v_cache);
   args.writable("k_cache", k_cache);
   args.writable("v_cache", v_cache);
+  args.apart("v_cache", v_cache, "k_cache", k_cache);
   args.tensor("copies", copies, ScalarType::Int, {"num_copies", 2});
   args.contiguous("copies", copies);
   return {.pool = pool, .copies = data<int32_t>(copies), .num_copies = copies.size(0)};
@@ -120,9 +121,6 @@ void add_ops(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
-#if !defined(REDKNOT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
-#endif
+RK_REGISTER_ON_CPU(add_ops)
 
 }  // namespace redknot::binding

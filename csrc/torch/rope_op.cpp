@@ -1,4 +1,3 @@
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
@@ -6,6 +5,7 @@
 
 #include "executor.h"
 #include "redknot/cpu.h"
+#include "register.h"
 #include "result.h"
 #include "rope_params.h"
 
@@ -38,9 +38,9 @@ RopeRealignParams rope_realign_params(const Tensor& k,
                 "k",
                 dtype);
   args.writable("out", out);
-  args.check(out.data_ptr() != k.data_ptr() ||
-                 (out.stride(0) == k.stride(0) && out.stride(1) == k.stride(1)),
-             "out must be k itself or not overlap it");
+  const bool is_in_place = out.data_ptr() == k.data_ptr() && out.stride(0) == k.stride(0) &&
+                           out.stride(1) == k.stride(1);
+  args.check(is_in_place || !overlap(out, k), "out must be k itself or not overlap it");
   return {
       .k = k.data_ptr(),
       .out = out.data_ptr(),
@@ -139,9 +139,6 @@ void add_ops(torch::stable::detail::StableLibrary& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(redknot, CPU, m) { add_ops(m); }
-#if !defined(REDKNOT_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(redknot, CUDA, m) { add_ops(m); }  // refuses its arguments by name
-#endif
+RK_REGISTER_ON_CPU(add_ops)
 
 }  // namespace redknot::binding

@@ -69,7 +69,7 @@ def seg_paged_attention(
     return_lse : bool
         Whether to return the log-sum-exp of the scaled scores.
     out, lse : Tensor, optional
-        Written to instead of new tensors; `lse` only beside `out`.
+        Written to instead of new tensors; `lse` only beside `out`, which overlaps no input.
     validate : bool
         Check the values of index tensors on CUDA too, with the errors of the CPU: page numbers,
         slots, order, positions. It waits for the device, so it is for debugging, and nothing that a

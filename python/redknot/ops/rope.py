@@ -32,7 +32,7 @@ def rope_realign(
     interleaved : bool
         Pairs are (2 d, 2 d + 1) instead of (d, d + rotary_dim / 2).
     out : Tensor, optional
-        Written to instead of a new tensor; may be `k` itself.
+        Written to instead of a new tensor; `k` itself, or nothing that overlaps it.
 
     Returns
     -------
