@@ -83,13 +83,9 @@ struct Attend {
     // --- prologue: queries, the first blocks ---------------------------------------------------
     __syncthreads();  // the item before this one is done with shared memory
     KeyWalker<Shape::kChunks>& walker = shared.walkers[threadIdx.x % kWarpSize];
-    const Reach reach{params.q_positions[item.q_begin],
-                      params.q_positions[item.q_end - 1],
-                      params.row_window[item.row],
-                      params.row_sink[item.row]};
-    if (threadIdx.x == 0) shared.reach = reach;
+    if (threadIdx.x == 0) shared.reach = reach_of(params, item);
     if (warp == 0) {
-      walker.start(params.page_refs, item.ref_begin, item.ref_end, reach);
+      walker.start(params, item);
       for (int number = 0; number < Shape::kStages; ++number) walker.next(&block(number));
     }
     for (int row = threadIdx.x; row < Shape::kRows; row += Shape::kThreads) {

@@ -60,10 +60,7 @@ class HopperAttend {
                                    : -1;
     }
     if (GroupThreads::index() == 0) {
-      shared_.reach[GroupThreads::group()] = {call.q_positions[item.q_begin],
-                                              call.q_positions[item.q_end - 1],
-                                              call.row_window[item.row],
-                                              call.row_sink[item.row]};
+      shared_.reach[GroupThreads::group()] = reach_of(call, item);
     }
     int32_t rotation_offset = 0;
     load_queries_turned(item, rotation_offset);

@@ -68,13 +68,7 @@ class HopperDecodeLoader {
     const SegPagedAttentionParams& call = params_.call;
     check_item(call, item, kWarpSize);
     KeyWalker<Shape::kChunks> walker;
-    walker.start(call.page_refs,
-                 item.ref_begin,
-                 item.ref_end,
-                 {call.q_positions[item.q_begin],
-                  call.q_positions[item.q_end - 1],
-                  call.row_window[item.row],
-                  call.row_sink[item.row]});
+    walker.start(call, item);
     bool has_keys = true;
     while (has_keys) {
       ptx::wait(&shared_.empty[place_.stage], place_.parity ^ 1);
@@ -148,12 +142,7 @@ class HopperDecode {
                                    ? call.q_positions[item.q_begin + row / params_.plan.group_size]
                                    : -1;
     }
-    if (threadIdx.x == 0) {
-      shared_.reach = {call.q_positions[item.q_begin],
-                       call.q_positions[item.q_end - 1],
-                       call.row_window[item.row],
-                       call.row_sink[item.row]};
-    }
+    if (threadIdx.x == 0) shared_.reach = reach_of(call, item);
     int32_t rotation_offset = 0;
     load_queries_turned(item, rotation_offset);
 

@@ -37,13 +37,7 @@ class HopperLoader {
     const SegPagedAttentionParams& call = params_.call;
     check_item(call, item, kWarpSize);
     KeyWalker<Shape::kChunks> walker;
-    walker.start(call.page_refs,
-                 item.ref_begin,
-                 item.ref_end,
-                 {call.q_positions[item.q_begin],
-                  call.q_positions[item.q_end - 1],
-                  call.row_window[item.row],
-                  call.row_sink[item.row]});
+    walker.start(call, item);
     const Block* before = nullptr;
     while (true) {
       ptx::wait(&shared_.keys_empty[keys_.stage], keys_.parity ^ 1);

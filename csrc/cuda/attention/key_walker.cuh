@@ -1,7 +1,9 @@
 #pragma once
 
+#include "cuda/attention/plan.h"
 #include "cuda/attention/tile_shape.h"
 #include "cuda/ptx/simt.cuh"
+#include "redknot/attention.h"
 #include "redknot/paged_kv.h"
 #include "redknot/planner.h"
 
@@ -28,17 +30,24 @@ struct Reach {
   int32_t sink;
 };
 
+__device__ inline Reach reach_of(const SegPagedAttentionParams& params, const WorkItem& item) {
+  return {params.q_positions[item.q_begin],
+          params.q_positions[item.q_end - 1],
+          params.row_window[item.row],
+          params.row_sink[item.row]};
+}
+
 // Walks a row's page references and packs what the tile may see into blocks; pages that no query of
 // the tile sees are passed over 32 at a time. All lanes of one warp act together: each holds one
 // reference.
 template <int kChunks>
 class KeyWalker {
  public:
-  __device__ void start(const PageRef* refs, int32_t begin, int32_t end, const Reach& reach) {
-    refs_ = refs;
-    next_ref_ = begin;
-    ref_end_ = end;
-    reach_ = reach;
+  __device__ void start(const SegPagedAttentionParams& params, const WorkItem& item) {
+    refs_ = params.page_refs;
+    next_ref_ = item.ref_begin;
+    ref_end_ = item.ref_end;
+    reach_ = reach_of(params, item);
     chunk_ = chunk_end_ = 0;
   }
 

@@ -1,42 +1,26 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cuda/ffn/gather_norm.h"
-#include "cuda/ffn/row_gemm.h"
+#include "cuda/ffn/gemm_workspace.h"
 #include "redknot/ffn.h"
 
 // What gathered_ffn needs beside its arguments, and what of both each launch is given.
 namespace redknot::gpu {
 
-// Rows per chunk at most. More rows would not make a product faster; 8,192 of 25,600 columns are
-// 400 MiB.
-constexpr int64_t kMaxChunkRows = 8192;
+struct FfnWorkspace : GemmWorkspace {
+  int64_t normed;     // [chunk_rows, hidden_dim]
+  int64_t activated;  // [chunk_rows, ffn_dim]
 
-struct FfnWorkspace {
-  GemmDevice device;
-  int64_t chunk_rows = 0;
-  // Offsets in bytes.
-  int64_t normed = 0;     // [chunk_rows, hidden_dim]
-  int64_t activated = 0;  // [chunk_rows, ffn_dim]
-  int64_t partials = 0;   // float
-  int64_t arrivals = 0;   // int32, of both products
-  int64_t num_bytes = 0;
-
-  FfnWorkspace(const GatheredFfnParams& params, GemmDevice on_device) : device(on_device) {
-    chunk_rows = std::min(params.max_rows, kMaxChunkRows);
+  FfnWorkspace(const GatheredFfnParams& params, GemmDevice on_device)
+      : GemmWorkspace(params.max_rows, on_device) {
     const int64_t element = size_of(params.dtype);
     WorkspaceParts parts;
     normed = parts.take(chunk_rows * params.hidden_dim * element);
     activated = parts.take(chunk_rows * params.ffn_dim * element);
-    partials = parts.take(partial_floats() * static_cast<int64_t>(sizeof(float)));
-    arrivals = parts.take(2 * num_arrivals() * static_cast<int64_t>(sizeof(int32_t)));
-    num_bytes = parts.num_bytes;
+    take_sums(parts, 2);
   }
-
-  int64_t partial_floats() const { return device.workers * kPartialFloatsPerWorker; }
-  int64_t num_arrivals() const { return device.workers * kArrivalsPerWorker; }
 };
 
 // The launches for the rows from first_row on.
@@ -52,8 +36,7 @@ inline FfnChunk ffn_chunk(const GatheredFfnParams& params,
                           int64_t first_row) {
   auto* base = static_cast<char*>(memory);
   auto* arrivals = reinterpret_cast<int32_t*>(base + workspace.arrivals);
-  const auto max_rows =
-      static_cast<int32_t>(std::min(workspace.chunk_rows, params.max_rows - first_row));
+  const int32_t max_rows = workspace.rows_from(first_row, params.max_rows);
   const auto hidden_dim = static_cast<int32_t>(params.hidden_dim);
   const auto ffn_dim = static_cast<int32_t>(params.ffn_dim);
   FfnChunk chunk;

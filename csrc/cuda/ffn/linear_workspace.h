@@ -1,36 +1,26 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
-#include "cuda/ffn/ffn_workspace.h"
+#include "cuda/ffn/gather_norm.h"
+#include "cuda/ffn/gemm_workspace.h"
 
 // What gathered_linear needs beside its arguments, and what of both each launch is given.
 namespace redknot::gpu {
 
-struct LinearWorkspace {
-  GemmDevice device;
-  int64_t chunk_rows = 0;
-  // Offsets in bytes.
+struct LinearWorkspace : GemmWorkspace {
   int64_t gathered = 0;  // [chunk_rows, in_dim] where rows are gathered or normed
-  int64_t partials = 0;  // float
-  int64_t arrivals = 0;  // int32
-  int64_t num_bytes = 0;
 
-  LinearWorkspace(const GatheredLinearParams& params, GemmDevice on_device) : device(on_device) {
-    chunk_rows = std::min(params.max_rows, kMaxChunkRows);
+  LinearWorkspace(const GatheredLinearParams& params, GemmDevice on_device)
+      : GemmWorkspace(params.max_rows, on_device) {
     WorkspaceParts parts;
     if (gathers(params)) gathered = parts.take(chunk_rows * params.in_dim * size_of(params.dtype));
-    partials = parts.take(partial_floats() * static_cast<int64_t>(sizeof(float)));
-    arrivals = parts.take(num_arrivals() * static_cast<int64_t>(sizeof(int32_t)));
-    num_bytes = parts.num_bytes;
+    take_sums(parts, 1);
   }
 
   static bool gathers(const GatheredLinearParams& params) {
     return params.indices != nullptr || params.maybe_norm != nullptr;
   }
-  int64_t partial_floats() const { return device.workers * kPartialFloatsPerWorker; }
-  int64_t num_arrivals() const { return device.workers * kArrivalsPerWorker; }
 };
 
 // The launches for the rows from first_row on.
@@ -46,8 +36,7 @@ inline LinearChunk linear_chunk(const GatheredLinearParams& params,
                                 int64_t first_row) {
   auto* base = static_cast<char*>(memory);
   const int64_t element = size_of(params.dtype);
-  const auto max_rows =
-      static_cast<int32_t>(std::min(workspace.chunk_rows, params.max_rows - first_row));
+  const int32_t max_rows = workspace.rows_from(first_row, params.max_rows);
   const auto in_dim = static_cast<int32_t>(params.in_dim);
   LinearChunk chunk;
   chunk.gathers = LinearWorkspace::gathers(params);

@@ -122,18 +122,6 @@ RK_HOST_DEVICE constexpr int swizzled(int row, int vector) {
   return row * kDepth + (vector ^ turn) * kVector;
 }
 
-// Parts of a workspace, each at a multiple of 256 bytes.
-struct WorkspaceParts {
-  int64_t num_bytes = 0;
-
-  int64_t take(int64_t bytes) {
-    constexpr int64_t kAlignment = 256;
-    const int64_t begin = num_bytes;
-    num_bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return begin;
-  }
-};
-
 // Where row r of a tile's part of B lies in the weights. With gate and up at once, a warp of
 // `warp_columns` rows of B holds the gates of half as many columns of C, and behind them the ups of
 // the same columns.
