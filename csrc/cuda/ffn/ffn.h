@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/ffn/ffn_workspace.h"
 #include "cuda/ffn/linear_workspace.h"
 
 // gathered_ffn and gathered_linear by element type, each in a file of its own: they compile side by
