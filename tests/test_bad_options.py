@@ -77,6 +77,27 @@ def test_run(engine, requests, message):
     assert str(error.value).startswith(message)
 
 
+def test_one_question_is_no_list_of_them(engine):
+    with pytest.raises(InputError, match=r"^questions must be a list of questions, got 'When'$"):
+        engine.generate_shared([], "When")
+
+
+def test_a_callback_that_is_none(engine):
+    before = engine.session_stats()
+    with pytest.raises(InputError, match=r"^on_text must be callable, got 5$"):
+        engine.generate([], [3], max_new_tokens=2, on_text=5)
+    assert engine.session_stats() == before
+
+
+def test_a_fork_that_is_sampled_by_nothing(engine):
+    (session,) = engine.submit(GenerationRequest([], [3, 4], 4))
+    before = engine.kv_stats(), engine.session_stats()
+    with pytest.raises(InputError, match=r"^sampling must be a Sampling, got 0.5$"):
+        session.fork(0.5)
+    assert (engine.kv_stats(), engine.session_stats()) == before
+    session.cancel()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

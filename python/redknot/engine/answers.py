@@ -162,6 +162,8 @@ class Answers:
         list of Generation
             `ttft_seconds`, `ledger` and `kv_bytes` are those of the shared prefill.
         """
+        if isinstance(questions, str) or not isinstance(questions, Sequence):
+            raise InputError(f"questions must be a list of questions, got {questions!r}")
         ids = [self.format.question_ids(question) for question in questions]
         with self._lock:
             loop = self._loop(max_new_tokens, stop)
@@ -261,6 +263,8 @@ class Answers:
         """
         if not isinstance(requests, Sequence):
             raise InputError(f"requests must be a list of GenerationRequest, got {requests!r}")
+        if on_text is not None and not callable(on_text):
+            raise InputError(f"on_text must be callable, got {on_text!r}")
         sessions: list[Session] = []
         try:
             for request in requests:

@@ -68,10 +68,14 @@ class GenerationRequest:
         for option in ("max_new_tokens", "n"):
             check_count(option, getattr(self, option))
         check_share("reserve", self.reserve, zero=True)
-        if not isinstance(self.sampling, Sampling):
-            raise InputError(f"sampling must be a Sampling, got {self.sampling!r}")
+        _check_sampling(self.sampling)
         if self.policy is not None:
             Policy.checked(self.policy)
+
+
+def _check_sampling(sampling: object) -> None:
+    if not isinstance(sampling, Sampling):
+        raise InputError(f"sampling must be a Sampling, got {sampling!r}")
 
 
 class Session:
@@ -166,6 +170,8 @@ class Session:
         With `sampling` it draws by these rules; without, it would say the same. A session that
         still waits is started first.
         """
+        if sampling is not None:
+            _check_sampling(sampling)
         with self._scheduler.lock:
             while self.state in ("waiting", "preempted"):
                 self._drive()
