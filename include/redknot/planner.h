@@ -73,7 +73,7 @@ constexpr int64_t kDecodeSplitKeys = 1024;
 // schedule there, and writes every sum to memory: a sequence whose tiles are so many that threads
 // share them evenly is not split.
 constexpr int64_t kPrefillSplitKeys = 16384;
-constexpr int64_t kItemsPerSequence = 256;
+constexpr int64_t kItemsPerSequence = 128;
 // Below this many rows a tile is bound by reading pages.
 constexpr int64_t kDecodeRows = 16;
 

@@ -231,7 +231,7 @@ TEST(long_rows_of_many_tiles_are_not_split) {
     CHECK_EQ(plan_workspace_floats(plan.data(), 128) > 0, most > 1);
     return most;
   };
-  CHECK_EQ(most_splits(512), 3);    // 38,400 keys in shares of at most 16,384
+  CHECK_EQ(most_splits(256), 3);    // 38,400 keys in shares of at most 16,384
   CHECK_EQ(most_splits(16384), 1);  // 256 tiles
 }
 

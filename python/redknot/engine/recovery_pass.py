@@ -35,7 +35,7 @@ _Normed: TypeAlias = Callable[["slice | Tensor"], Tensor]
 # for the GEMMs, and memory so little that the allocators keep it for the next chunk.
 _CHUNK_BYTES = 24 << 20
 # Rows of a chunk are whole tiles of the attention.
-_TILE_ROWS = 128
+_TILE_ROWS = 256
 
 
 @dataclass(frozen=True)
