@@ -107,12 +107,27 @@ def test_few_rows_do_not_depend_on_threads_or_on_each_other(isa: str) -> None:
 
 @pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize("packed", [True, False])
-def test_many_rows(isa: str, packed: bool) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_many_rows(isa: str, packed: bool, activation: str) -> None:
     ffn = Ffn(300, 64, 2080, torch.bfloat16)
     rows = list(range(290))
     with use_isa(isa):
-        out = ffn.run(rows, packed)
-    assert_close(out[rows], ffn.exact(torch.float64)[rows], ffn.exact(torch.bfloat16)[rows])
+        out = ffn.run(rows, packed, activation)
+    exact, peer = ffn.exact(torch.float64, activation), ffn.exact(torch.bfloat16, activation)
+    assert_close(out[rows], exact[rows], peer[rows])
+
+
+@pytest.mark.parametrize("isa", [isa for isa in isas() if isa == "amx"])
+def test_many_rows_do_not_depend_on_threads_or_on_each_other(isa: str) -> None:
+    ffn = Ffn(300, 1024, 1056, torch.bfloat16)
+    with use_isa(isa):
+        with use_threads(1):
+            alone = ffn.run(list(range(300)))
+        for threads in (2, 3):
+            with use_threads(threads):
+                assert torch.equal(ffn.run(list(range(300)), packed=False), alone)
+        for count in (250, 96, 64, 7):  # the last two are few
+            assert torch.equal(ffn.run(list(range(count)))[:count], alone[:count])
 
 
 def test_weights_may_be_views() -> None:

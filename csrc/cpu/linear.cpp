@@ -17,19 +17,22 @@ bool few_row_linear(const LinearParams& params, const Executor& executor) {
   return true;
 }
 
-// Columns of a block: at most 384, and so that every worker gets as many.
-int64_t columns_per_block(int64_t out_dim, int64_t num_workers) {
+// Columns of a block: with at most 384 of weights, and so that every worker gets as many.
+int64_t columns_per_block(const LinearParams& params, int64_t num_workers) {
   constexpr int64_t kPanel = 32;
-  constexpr int64_t kMaxColumns = 384;
-  const int64_t rounds = (out_dim + kMaxColumns * num_workers - 1) / (kMaxColumns * num_workers);
+  const int64_t max_columns = params.maybe_up == nullptr ? 384 : 192;
+  const int64_t out_dim = params.out_dim;
+  const int64_t rounds = (out_dim + max_columns * num_workers - 1) / (max_columns * num_workers);
   const int64_t columns = (out_dim + rounds * num_workers - 1) / (rounds * num_workers);
   return (columns + kPanel - 1) / kPanel * kPanel;
 }
 
-// Rows whose copies take so much that they come from the last cache; blocks stay whole.
+// Rows whose copies and sums take so much that they come from the last cache; blocks stay whole.
 int64_t rows_per_chunk(int64_t row_bytes, int64_t block_rows) {
   constexpr int64_t kPackedBytes = int64_t{32} << 20;
-  return std::max<int64_t>(1, kPackedBytes / row_bytes / block_rows) * block_rows;
+  constexpr int64_t kMaxRows = 4096;
+  const int64_t rows = std::min(kMaxRows, kPackedBytes / row_bytes);
+  return std::max<int64_t>(1, rows / block_rows) * block_rows;
 }
 
 bool many_row_linear(const LinearParams& params, const Executor& executor) {
@@ -38,7 +41,7 @@ bool many_row_linear(const LinearParams& params, const Executor& executor) {
   const int64_t size = size_of(params.dtype);
   const int64_t row_bytes = isa.packed_row_bytes(params);
   const int64_t chunk_rows = rows_per_chunk(row_bytes, isa.many_rows_block);
-  const int64_t columns = columns_per_block(params.out_dim, executor.num_workers);
+  const int64_t columns = columns_per_block(params, executor.num_workers);
   for (int64_t row = 0; row < params.num_rows; row += chunk_rows) {
     LinearParams chunk = params;
     chunk.x = static_cast<const char*>(params.x) + row * params.in_dim * size;

@@ -125,7 +125,6 @@ class FfnPasses {
   void run(const int32_t* indices, int64_t rows) {
     const Executor executor = torch_executor();
     const Tensor hidden = torch::stable::narrow(hidden_, 0, 0, rows);
-    const Tensor gate = torch::stable::narrow(gate_, 0, 0, rows);
     const Tensor up_or_out = torch::stable::narrow(up_or_out_, 0, 0, rows);
     cpu::gather_norm(
         {
@@ -140,23 +139,7 @@ class FfnPasses {
             .dtype = call_.dtype,
         },
         executor);
-    linear_on_cpu(call_.dtype, hidden, in_.w_gate_up, gate);
-    if (!is_packed_) linear_on_cpu(call_.dtype, hidden, *in_.w_up, up_or_out);
-    // Up lies behind the gate in each row when packed; else its own rows become the result.
-    const int64_t up_offset = call_.ffn_dim * size_of(call_.dtype);
-    cpu::gated_activation(
-        {
-            .gate = gate.data_ptr(),
-            .up = is_packed_ ? static_cast<const char*>(gate.data_ptr()) + up_offset
-                             : up_or_out.data_ptr(),
-            .out = up_or_out.data_ptr(),
-            .num_rows = rows,
-            .ffn_dim = call_.ffn_dim,
-            .in_stride = gate.stride(0),
-            .activation = call_.activation,
-            .dtype = call_.dtype,
-        },
-        executor);
+    if (!gated_linear(hidden, up_or_out, executor)) gate_then_up(hidden, up_or_out, executor);
     linear_on_cpu(call_.dtype, up_or_out, in_.w_down, hidden);
     cpu::scatter_add(
         {
@@ -172,6 +155,47 @@ class FfnPasses {
   }
 
  private:
+  // Both products and the activation at once.
+  bool gated_linear(const Tensor& hidden, const Tensor& out, const Executor& executor) const {
+    return cpu::linear(
+        {
+            .x = hidden.data_ptr(),
+            .w = call_.w_gate,
+            .maybe_up = call_.w_up,
+            .out = out.data_ptr(),
+            .num_rows = hidden.size(0),
+            .in_dim = call_.hidden_dim,
+            .out_dim = call_.ffn_dim,
+            .w_stride = call_.gate_stride,
+            .up_stride = call_.up_stride,
+            .out_stride = call_.ffn_dim,
+            .activation = call_.activation,
+            .dtype = call_.dtype,
+        },
+        executor);
+  }
+
+  void gate_then_up(const Tensor& hidden, const Tensor& up_or_out, const Executor& executor) {
+    const Tensor gate = torch::stable::narrow(gate_, 0, 0, hidden.size(0));
+    linear_on_cpu(call_.dtype, hidden, in_.w_gate_up, gate);
+    if (!is_packed_) linear_on_cpu(call_.dtype, hidden, *in_.w_up, up_or_out);
+    // Up lies behind the gate in each row when packed; else its own rows become the result.
+    const int64_t up_offset = call_.ffn_dim * size_of(call_.dtype);
+    cpu::gated_activation(
+        {
+            .gate = gate.data_ptr(),
+            .up = is_packed_ ? static_cast<const char*>(gate.data_ptr()) + up_offset
+                             : up_or_out.data_ptr(),
+            .out = up_or_out.data_ptr(),
+            .num_rows = hidden.size(0),
+            .ffn_dim = call_.ffn_dim,
+            .in_stride = gate.stride(0),
+            .activation = call_.activation,
+            .dtype = call_.dtype,
+        },
+        executor);
+  }
+
   Tensor rows_of(int64_t columns) const { return new_result(in_.residual, {max_rows_, columns}); }
 
   const GatheredFfnParams& call_;

@@ -71,16 +71,19 @@ struct GatherNormParams {
   DType dtype = DType::kFloat32;
 };
 
-// out = x w^T.
+// out = x w^T; where there is an `up`, activation(x w^T) * (x up^T), both products rounded first.
 struct LinearParams {
-  const void* x = nullptr;  // [num_rows, in_dim], contiguous
-  const void* w = nullptr;  // [out_dim, in_dim]
-  void* out = nullptr;      // [num_rows, out_dim]
+  const void* x = nullptr;         // [num_rows, in_dim], contiguous
+  const void* w = nullptr;         // [out_dim, in_dim]
+  const void* maybe_up = nullptr;  // [out_dim, in_dim]
+  void* out = nullptr;             // [num_rows, out_dim]
   int64_t num_rows = 0;
   int64_t in_dim = 0;
   int64_t out_dim = 0;
   int64_t w_stride = 0;
+  int64_t up_stride = 0;
   int64_t out_stride = 0;
+  Activation activation = Activation::kSilu;
   DType dtype = DType::kFloat32;
 };
 

@@ -196,7 +196,8 @@ void tiled(const LinearParams& params, int64_t begin, int64_t end) {
 }  // namespace
 
 bool takes_few_rows(const LinearParams& params) {
-  return params.num_rows >= 1 && params.num_rows <= kLimit && params.out_dim % kBlockColumns == 0 &&
+  return params.maybe_up == nullptr && params.num_rows >= 1 && params.num_rows <= kLimit &&
+         params.out_dim % kBlockColumns == 0 &&
          params.in_dim % 32 == 0;  // a whole number of vectors or tiles on every instruction set
 }
 

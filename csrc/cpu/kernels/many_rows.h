@@ -7,7 +7,7 @@
 // out = x w^T for many rows of x: x is packed once for all threads, then each computes columns.
 namespace redknot::cpu::REDKNOT_ISA {
 
-inline constexpr int64_t kManyRowsBlock = 256;  // rows that are packed as one
+inline constexpr int64_t kManyRowsBlock = 32;  // rows that are packed as one
 
 // Whether these functions take such sizes; only tiles beat a library's product.
 bool takes_many_rows(const LinearParams& params);
