@@ -211,22 +211,12 @@ class AmxAttention {
   void add_values(const Step& step, int begin, int end) {
     float* sums = panels_.sums(step.panel);
     if (rescaled_) panels_.rescale(step.panel, rescale_);
-    NextSums next{sums + kProductFloats};
+    Idle idle;
     for (int64_t d = 0; d < padded_; d += kProductRows) {
       products_.template multiply<true>(
-          staged_.values(d, begin), weights_, end - begin, sums + d * kWidth, next);
+          staged_.values(d, begin), weights_, end - begin, sums + d * kWidth, idle);
     }
   }
-  // Asks for the sums of the next product, all of them beside one over a whole chunk.
-  struct NextSums {
-    const float* sums;
-    template <int Place>
-    [[gnu::always_inline]] void advance() {
-      __builtin_prefetch(sums, 1);
-      __builtin_prefetch(sums + kLanes, 1);
-      sums += 2 * kLanes;
-    }
-  };
 
   // --- the softmax ------------------------------------------------------------------------------
 
