@@ -126,7 +126,7 @@ def test_many_rows_do_not_depend_on_threads_or_on_each_other(isa: str) -> None:
         for threads in (2, 3):
             with use_threads(threads):
                 assert torch.equal(ffn.run(list(range(300)), packed=False), alone)
-        for count in (250, 96, 64, 7):  # the last two are few
+        for count in (250, 128, 64, 7):  # the last two are few
             assert torch.equal(ffn.run(list(range(count)))[:count], alone[:count])
 
 

@@ -19,7 +19,7 @@ namespace redknot::cpu::REDKNOT_ISA {
 namespace {
 
 // Fewer are not worth packing the other factor.
-constexpr int64_t kMinRows = 96;
+constexpr int64_t kMinRows = 128;
 constexpr int64_t kMinColumns = 1024;
 constexpr int64_t kPanel = 32;         // rows or columns of two tiles
 constexpr int64_t kDepth = 512;        // of what is in L1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from redknot import _memory, ops
+from redknot.cache.page_memory import empty_pages
 from redknot.cache.page_selection import PageSelector, select_pages
 from redknot.cache.swap import SwapSpace
 from redknot.errors import BudgetError, InputError
@@ -27,15 +28,12 @@ def bytes_per_page(page_size: int, head_dim: int, dtype: torch.dtype) -> int:
 def _new_pages(like: Tensor, num_pages: int) -> Tensor:
     """Page tensor [num_pages, page_size, head_dim], not written to."""
     try:
-        pages = like.new_empty((num_pages, *like.shape[1:]))
+        return empty_pages((num_pages, *like.shape[1:]), like.dtype, like.device)
     except RuntimeError as error:  # also torch.OutOfMemoryError
         num_bytes = 2 * num_pages * like.shape[1:].numel() * like.element_size()
         raise BudgetError(
             f"{like.device} has no {num_bytes:,} bytes for a pool of {num_pages} pages"
         ) from error
-    if pages.device.type == "cpu":
-        _memory.advise_huge_pages(pages.data_ptr(), pages.nbytes)
-    return pages
 
 
 def out_of_pages(needed: int, free: int) -> _memory.OutOfPages:

@@ -9,27 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from redknot import _memory, ops
+from redknot import ops
+from redknot.cache import empty_pages
 from redknot.eval.bench.options import Options
 from redknot.recovery import ModelShape
 from redknot.recovery.ledger import visible_keys
 
-__all__ = ["Case", "Paged", "build", "copy_in_huge_pages", "fill_random", "in_huge_pages"]
+__all__ = ["Case", "Paged", "build", "copy_in_huge_pages", "fill_random"]
 
 _BLOCK = 1 << 20
 
 
-def in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> Tensor:
-    """Empty tensor like those of a page pool: in huge pages where the system has them."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if tensor.device.type == "cpu":
-        _memory.advise_huge_pages(tensor.data_ptr(), tensor.nbytes)
-    return tensor
-
-
 def copy_in_huge_pages(tensor: Tensor) -> Tensor:
     """A contiguous copy that a peer may read as fast as we read our pages."""
-    return in_huge_pages(tuple(tensor.shape), tensor.dtype, str(tensor.device)).copy_(tensor)
+    return empty_pages(tuple(tensor.shape), tensor.dtype, tensor.device).copy_(tensor)
 
 
 def fill_random(tensor: Tensor, scale: float = 1.0, seed: int = 0) -> Tensor:
@@ -197,7 +190,7 @@ def build(case: Case, options: Options) -> list[Paged]:
     scattered = np.random.default_rng(0).permutation(copies * next_page)
     caches = [
         fill_random(
-            in_huge_pages((copies * next_page, case.page_size, shape.head_dim), dtype, device),
+            empty_pages((copies * next_page, case.page_size, shape.head_dim), dtype, device),
             seed=seed,
         )
         for seed in (1, 2)

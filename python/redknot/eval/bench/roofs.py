@@ -8,8 +8,8 @@ from functools import partial
 
 import torch
 
+from redknot.cache import empty_pages
 from redknot.eval.bench.options import Options
-from redknot.eval.bench.paged_inputs import in_huge_pages
 from redknot.eval.bench.timing import seconds_per_call
 
 __all__ = ["Roofs", "measure_roofs"]
@@ -93,7 +93,7 @@ def measure_roofs(options: Options) -> Roofs:
     probe = torch.ones(1, dtype=options.torch_dtype)
     flops = torch.ops.redknot._cpu_dot_roof(probe, _DOT_ROUNDS)
     dot = _best(lambda: torch.ops.redknot._cpu_dot_roof(probe, _DOT_ROUNDS), device)
-    data = in_huge_pages((num_bytes // 4,), torch.float32).fill_(1.0)
+    data = empty_pages((num_bytes // 4,), torch.float32, "cpu").fill_(1.0)
     read = []
     for piece, scattered in ((_STREAM_PIECE, False), (_PAGE, True)):
         pieces = data[: len(data) // piece * piece].view(-1, piece)

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from redknot.cache import empty_pages
 from redknot.errors import InputError
 from redknot.eval.bench.attention_peers import Peer
 from redknot.eval.bench.options import Options
-from redknot.eval.bench.paged_inputs import Case, Paged, fill_random, in_huge_pages
+from redknot.eval.bench.paged_inputs import Case, Paged, fill_random
 
 __all__ = ["vllm_peers"]
 
@@ -89,7 +90,7 @@ def _peer(name: str, case: Case, inputs: list[Paged], isa: str, window: int) -> 
     calls = []
     for paged in inputs if exact else inputs[: max(1, len(inputs) // 4)]:
         size = (total, shape.num_kv_heads, 2 * _BLOCK_SIZE, shape.head_dim)
-        cache = in_huge_pages(size, paged.q.dtype).zero_()
+        cache = empty_pages(size, paged.q.dtype, "cpu").zero_()
         key_cache, value_cache = cache.chunk(2, dim=2)
         table = torch.zeros(len(case.lengths), longest, dtype=torch.int32)
         scattered = torch.randperm(total, dtype=torch.int32)  # as our pages are
