@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 from redknot.errors import InputError
 
@@ -17,16 +18,16 @@ def check_count(name: str, value: object, least: int = 1) -> None:
 
 def check_number(name: str, value: object) -> None:
     """Refuse what is no finite number >= 0."""
-    if not _is_number(value) or not 0 <= value < math.inf:  # type: ignore[operator]
+    if not _is_number(value) or not 0 <= value < math.inf:
         raise InputError(f"{name} must be a number >= 0, got {value!r}")
 
 
 def check_share(name: str, value: object, *, zero: bool = False) -> None:
     """Refuse what is no number in (0, 1], or in [0, 1] with `zero`."""
-    inside = _is_number(value) and 0 <= value <= 1 and (zero or value != 0)  # type: ignore[operator]
+    inside = _is_number(value) and 0 <= value <= 1 and (zero or value != 0)
     if not inside:
         raise InputError(f"{name} must be in {'[' if zero else '('}0, 1], got {value!r}")
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -154,5 +154,5 @@ def _check_counts(**counts: object) -> None:
     """Refuse what is no int; a context may be 0, all else is at least 1."""
     for name, value in counts.items():
         least = 0 if name == "context" else 1
-        if not is_int(value) or value < least:  # type: ignore[operator]
+        if not is_int(value) or value < least:
             raise HeadMapError(f"{name} must be an int of at least {least}, got {value!r}")
